@@ -1,0 +1,34 @@
+"""Element-wise arithmetic that averaging and merging share: computed wide, rounded once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+__all__ = ["l2_distance", "lerp", "wide"]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """``tensor`` in the precision to compute in: float64 stays, every other float is float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.float32)
+
+
+def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
+    """``(1 - weight) * start + weight * end`` in ``start``'s dtype, rounded once.
+
+    ``torch.lerp`` is exact at both ends: weight 0 gives ``start`` and 1 gives ``end``, bit for bit.
+    """
+    # Both sides must have one dtype for torch.lerp.
+    left = wide(start)
+    return torch.lerp(left, end.to(left.dtype), weight).to(start.dtype)
+
+
+def l2_distance(left: Iterable[Tensor], right: Iterable[Tensor]) -> float:
+    """``||left - right||_2`` over all tensors together, accumulated in float64."""
+    total = 0.0
+    for a, b in zip(left, right, strict=True):
+        difference = wide(a.detach()) - b.detach().to(a.device)
+        total += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+    return total**0.5

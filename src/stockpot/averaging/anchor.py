@@ -1,0 +1,107 @@
+"""theta_o, the weights that averaging pulls towards: on the device, in host memory or on disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from stockpot.averaging.weights import trainable_weights
+from stockpot.errors import NonFiniteError
+
+__all__ = ["Anchor", "Store"]
+
+Store = Literal["device", "cpu", "disk"]
+
+
+class Anchor(Mapping[str, Tensor]):
+    """Named weights that stay as they are while training goes on.
+
+    An anchor is a read-only mapping from parameter names to tensors. One that was opened from a
+    file with ``store="disk"`` reads each tensor when it is asked for and keeps none.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    @classmethod
+    def capture(cls, model: nn.Module, store: Literal["device", "cpu"] = "cpu") -> Self:
+        """Copy the trainable weights of ``model`` as they are now.
+
+        Raises:
+            NonFiniteError: if a weight is NaN or infinite; such an anchor would spoil every merge.
+        """
+        copies: dict[str, Tensor] = {}
+        for name, parameter in trainable_weights(model).items():
+            if not torch.isfinite(parameter.detach()).all():
+                raise NonFiniteError(
+                    f"weight {name!r} is not finite: it cannot be an anchor. Capture the anchor "
+                    "before training diverges, or give a path to a good checkpoint."
+                )
+            copy = parameter.detach().clone()
+            copies[name] = copy if store == "device" else copy.cpu()
+        return cls(copies)
+
+    @classmethod
+    def load(cls, path: str | Path, store: Store = "cpu") -> Self:
+        """Open a safetensors file; with ``store="disk"`` nothing is read yet.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no anchor at {path}: give a safetensors file")
+        on_disk = _TensorsOnDisk(path)
+        if store == "disk":
+            return cls(on_disk)
+        device = "cuda" if store == "device" and torch.cuda.is_available() else "cpu"
+        return cls({name: on_disk[name].to(device) for name in on_disk})
+
+    def save(self, path: str | Path) -> None:
+        """Write the anchor as one safetensors file."""
+        save_file({name: self[name].cpu().contiguous() for name in self}, str(path))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, dtypes, shapes and bytes: equal if and only if the weights are."""
+        digest = hashlib.sha256()
+        for name in sorted(self):
+            tensor = self[name].detach().cpu().contiguous()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class _TensorsOnDisk(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(str(path), framework="pt")
+        self._names = list(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,73 @@
+"""``stockpot``: assembles the verbs and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from stockpot import __version__
+from stockpot.cli import list_ as list_verb
+from stockpot.cli import report as report_verb
+from stockpot.cli import run as run_verb
+from stockpot.cli.output import complain
+from stockpot.errors import ConfigError, StockpotError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="stockpot",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Fine-tune a model on one task after another without it forgetting the earlier ones.",
+    epilog="Start with: stockpot run recipes/digits.yaml (real images, no download)",
+)
+app.command(
+    "run",
+    no_args_is_help=True,
+    epilog="The least that an experiment needs: [green]{stream: digits, model: mlp, methods: "
+    "\\[sequential, sfa]}[/]. `stockpot list` shows all that may stand in one.",
+)(run_verb.run)
+app.command("list")(list_verb.list_)
+app.command("report", no_args_is_help=True)(report_verb.report)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"stockpot {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exit codes: 0 done; 1 something failed (what was finished is kept); 2 the command or the
+    experiment file is wrong; 130 stopped by Ctrl-C.
+    """
+    try:
+        app()
+    except ConfigError as error:
+        complain(str(error))
+        sys.exit(2)
+    except StockpotError as error:
+        complain(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        complain(
+            "stopped. Everything finished is kept: the same command goes on from there.",
+            head="stockpot",
+        )
+        sys.exit(130)

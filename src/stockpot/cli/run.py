@@ -1,0 +1,173 @@
+"""``stockpot run``: the main job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from stockpot.experiment import Experiment
+    from stockpot.streams.data import Stream
+
+__all__ = ["run"]
+
+
+def run(
+    experiment: Annotated[
+        Path,
+        typer.Argument(help="The experiment: stream, model, training, methods, seeds, as YAML."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]...",
+            help="Settings to change, by dotted path: training.epochs=1 methods.sfa.p=[0.25,0.5]",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Run folder. Default: the file's [bold]output[/], else runs/<file name>.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the runs, what they share and the optimizer steps; run nothing."
+        ),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+) -> None:
+    """Train every method, setting and seed of an experiment over its stream of tasks.
+
+    Every task is scored after every task. The same command goes on where an earlier one was stopped,
+    by Ctrl-C or worse.
+    """
+    from rich.console import Console
+
+    from stockpot.experiment import load_experiment
+
+    checked = load_experiment(experiment, overrides or [], output)
+    console = Console(stderr=True, quiet=quiet)
+    with console.status("loading PyTorch and Transformers"):
+        _quiet_libraries()
+    with console.status(f"loading {checked.stream.name}"):
+        stream = checked.stream.load()
+    if dry_run:
+        _dry_run(checked, stream, as_json)
+        return
+    _run(checked, stream, console, as_json, quiet)
+
+
+def _quiet_libraries() -> None:
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers.trainer
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()
+    del transformers
+
+
+def _run(
+    experiment: Experiment, stream: Stream, console: Console, as_json: bool, quiet: bool
+) -> None:
+    from stockpot.cli.output import complain
+    from stockpot.cli.progress import progress_observer
+    from stockpot.cli.table import print_results
+    from stockpot.experiment import run_experiment
+    from stockpot.experiment.observer import Observer
+    from stockpot.report.write import write_report
+
+    watcher: Any = Observer() if quiet else progress_observer(console)
+    try:
+        outcome = run_experiment(experiment, watcher, stream=stream)
+    finally:
+        if not quiet:
+            watcher.close()
+    page = None
+    if outcome.summary:
+        with console.status("drawing the figures"):
+            page = write_report(outcome.folder)
+    if as_json:
+        typer.echo(json.dumps(outcome.summary, indent=2))
+    elif not quiet:
+        print_results(outcome.summary)
+        if page is not None:
+            console.print(f"Report: [bold]{page}[/]  (figures, tables and records beside it)")
+    if outcome.failures:
+        for run_id, reason in outcome.failures.items():
+            complain(reason, head=f"failed: {run_id}")
+        raise typer.Exit(1)
+
+
+def _dry_run(experiment: Experiment, stream: Stream, as_json: bool) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from stockpot.experiment.plan import make_plan
+
+    plan = make_plan(experiment, stream)
+    seen: set[str] = set()
+    rows = []
+    for run in plan.runs:
+        own = sum(stage.steps for stage in run.stages if stage.trained not in seen)
+        shared = [stage.tasks for stage in run.stages if stage.trained in seen]
+        seen |= {stage.trained for stage in run.stages}
+        steps = sum(stage.steps for stage in run.stages)
+        rows.append(
+            {
+                "run": run.id,
+                "method": run.method.name,
+                "settings": run.method.settings(),
+                "seed": run.seed,
+                "steps": steps,
+                "steps_to_train": own,
+                "shared_tasks": [stream.tasks[task].name for group in shared for task in group],
+            }
+        )
+    total = {
+        "runs": len(plan.runs),
+        "steps": plan.steps,
+        "steps_to_train": plan.steps_to_train,
+        "steps_saved": plan.steps - plan.steps_to_train,
+    }
+    if as_json:
+        typer.echo(json.dumps({"tasks": [t.name for t in stream.tasks], **total, "plan": rows}))
+        return
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, justify in (("run", "left"), ("steps", "right"), ("to train", "right")):
+        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+    table.add_column("trained already by an earlier run")
+    for row in rows:
+        table.add_row(
+            row["run"], f"{row['steps']:,}", f"{row['steps_to_train']:,}", ", ".join(row["shared_tasks"])
+        )
+    console = Console()
+    sizes = ", ".join(
+        f"{task.name} ({len(task.train):,} to train, {len(task.test):,} to test)"
+        for task in stream.tasks[:6]
+    )
+    more = f" and {len(stream.tasks) - 6} more" if len(stream.tasks) > 6 else ""
+    console.print(f"{stream.name}, {stream.scenario}: {sizes}{more}", highlight=False)
+    console.print(table)
+    console.print(
+        f"{total['runs']} runs, {total['steps']:,} optimizer steps; what runs share is trained "
+        f"once, which saves {total['steps_saved']:,} and leaves {total['steps_to_train']:,}. "
+        f"Nothing was run; without --dry-run the record goes to {experiment.output}.",
+        highlight=False,
+    )

@@ -1,0 +1,73 @@
+"""The result as one table in the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from stockpot.report.findings import headline
+from stockpot.report.table import COLUMNS, Column, Group, group_runs, task_columns
+
+__all__ = ["print_results"]
+
+_MOST_TASKS = 6
+# What goes first when the terminal is too narrow for everything; the files keep all of it.
+_DISPENSABLE = ("bwt", "peak_memory", "fwt", "forgetting_vs_best", "seconds", "l2_to_anchor")
+
+
+def print_results(summary: Sequence[dict[str, Any]]) -> None:
+    """Mean and 95 % interval per method and setting, and the answer in two sentences."""
+    if not summary:
+        return
+    console = Console()
+    groups = group_runs(summary)
+    tasks = summary[0]["tasks"]
+    columns: list[Column] = [*(task_columns(tasks) if len(tasks) <= _MOST_TASKS else ()), *COLUMNS]
+    left_out = []
+    width = console.width if console.is_terminal else 240
+    for key in _DISPENSABLE:
+        if _width(groups, columns) <= width:
+            break
+        left_out += [column.title for column in columns if column.key == key]
+        columns = [column for column in columns if column.key != key]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("method", no_wrap=True)
+    for column in columns:
+        table.add_column(_head(column), justify="right", no_wrap=True)
+    for group in groups:
+        table.add_row(group.label, *(column.text(group) for column in columns))
+    if not console.is_terminal:
+        console.width = max(console.width, _width(groups, columns))
+    console.print(table, highlight=False)
+    seeds = max(len(group.runs) for group in groups)
+    notes = [
+        f"Mean over {seeds} seeds ± half of a 95 % interval"
+        if seeds > 1
+        else "One seed: no interval"
+    ]
+    if left_out:
+        notes.append(f"no room for {', '.join(left_out)} (see results.md)")
+    if len(tasks) > _MOST_TASKS:
+        notes.append(f"the {len(tasks)} tasks one by one are in results.md")
+    console.print("; ".join(notes) + ".", style="dim", highlight=False)
+    answer = headline(groups)
+    if answer:
+        console.print(answer, highlight=False)
+
+
+def _head(column: Column) -> str:
+    words = column.title.split(" since ")
+    title = "\n".join([words[0], f"since {words[1]}"]) if len(words) == 2 else column.title
+    return f"{title}\n{column.unit}" if column.unit else title
+
+
+def _width(groups: Sequence[Group], columns: Sequence[Column]) -> int:
+    total = max(len(group.label) for group in groups) + 1
+    for column in columns:
+        cells = [len(column.text(group)) for group in groups]
+        total += max([*cells, *(len(line) for line in _head(column).split("\n"))]) + 2
+    return total

@@ -1,0 +1,255 @@
+"""The run folder: plain files, written so that a kill at any moment loses nothing finished.
+
+A stage (one training of one run) is finished when its line is in ``stages.jsonl``. Its merge events
+and scores are written before that line; lines of a stage without it are leftovers of a kill and are
+dropped when the folder is opened again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stockpot.errors import ConfigError, DamagedRecordError
+from stockpot.files import (
+    link_or_copy,
+    read_json,
+    read_tensors,
+    sha256,
+    space_errors,
+    write_json,
+    write_tensors,
+    write_text,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stockpot.experiment.config import Experiment
+
+__all__ = ["Record"]
+
+_LOGS = ("merges", "scores", "stages")
+_STAGES = "stages"
+
+
+class Record:
+    """One experiment's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = folder / "runs"
+        self.scratch = folder / "scratch"
+        self._stages: dict[tuple[str, int], dict[str, Any]] = {}
+
+    # Opening.
+
+    def open(self, experiment: Experiment, environment: dict[str, Any]) -> None:
+        """Start the folder, or take it up where an earlier call stopped.
+
+        Raises:
+            ConfigError: if the folder holds another experiment, or something else altogether.
+            DamagedRecordError: if a file of the record cannot be trusted.
+        """
+        described = self.folder / "experiment.json"
+        if described.exists():
+            self._check_same(read_json(described), experiment)
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ConfigError(
+                f"{self.folder} is not empty and holds no stockpot record; choose another folder "
+                "with --output"
+            )
+        with space_errors(self.folder):
+            self.runs.mkdir(parents=True, exist_ok=True)
+        self._drop_leftovers()
+        write_json(self.folder / "environment.json", environment)
+        write_text(self.folder / "experiment.yaml", experiment.to_yaml())
+        # Last: a folder with this file is a record.
+        write_json(described, {"name": experiment.name, **experiment.common()})
+
+    def _check_same(self, held: dict[str, Any], experiment: Experiment) -> None:
+        changes = []
+        free = {"device", "threads", "checkpoint_seconds"}  # these do not change what is measured
+        for section, now in experiment.common().items():
+            before = held.get(section, {})
+            changes += [
+                f"{section}.{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+                for key in sorted({*before, *now} - free)
+                if before.get(key) != now.get(key)
+            ]
+        if changes:
+            raise ConfigError(
+                f"{self.folder} holds another experiment ({'; '.join(changes)}). Choose another "
+                "folder with --output, or delete that one. Methods and seeds may be added to a "
+                "folder; the rest may not change."
+            )
+
+    def _drop_leftovers(self) -> None:
+        self._stages = {
+            (line["run"], line["stage"]): line for line in self._read_log(_STAGES, repair=True)
+        }
+        for log in ("merges", "scores"):
+            lines = self._read_log(log, repair=True)
+            kept = [line for line in lines if self._is_finished(line)]
+            if len(kept) < len(lines):
+                self._rewrite(log, kept)
+        self._check_scores()
+
+    def _is_finished(self, line: dict[str, Any]) -> bool:
+        # The scores of the starting model (stage -1) are written with those of the first stage.
+        return (line["run"], max(line["stage"], 0)) in self._stages
+
+    def _check_scores(self) -> None:
+        scored = {(line["run"], line["stage"]) for line in self.scores()}
+        for run, stage in self._stages:
+            if (run, stage) not in scored:
+                raise DamagedRecordError(
+                    f"{self.folder / 'scores.jsonl'} lacks the scores of run {run!r}, stage "
+                    f"{stage}, which stages.jsonl calls finished: the file was cut or edited. "
+                    f"Restore it, or delete {self.folder} to run the experiment again"
+                )
+
+    def _read_log(self, name: str, repair: bool = False) -> list[dict[str, Any]]:
+        path = self.folder / f"{name}.jsonl"
+        if not path.exists():
+            if (self.folder / "experiment.json").exists() and name != "merges" and self._stages:
+                raise DamagedRecordError(f"{path} is missing from the record")
+            return []
+        text = path.read_text(encoding="utf-8", errors="replace")
+        body, newline, tail = text.rpartition("\n")
+        lines = []
+        for number, line in enumerate(body.split("\n") if newline else [], 1):
+            try:
+                value = json.loads(line)
+                if not {"run", "stage"} <= value.keys():
+                    raise ValueError("no run and stage")
+            except (ValueError, AttributeError, TypeError) as error:
+                raise DamagedRecordError(
+                    f"{path}:{number}: damaged line ({error}). Restore the file, or delete "
+                    f"{self.folder} to run the experiment again"
+                ) from error
+            lines.append(value)
+        if tail and repair:  # a write that was cut by a kill
+            self._rewrite(name, lines)
+        return lines
+
+    def _rewrite(self, name: str, lines: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        write_text(self.folder / f"{name}.jsonl", text)
+
+    def _append(self, name: str, lines: list[dict[str, Any]]) -> None:
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        path = self.folder / f"{name}.jsonl"
+        with space_errors(path):
+            size = path.stat().st_size if path.exists() else 0
+            try:
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(path, size)  # a full disk takes half a line; take it back
+                raise
+
+    # Reading.
+
+    def scores(self) -> list[dict[str, Any]]:
+        """All evaluations."""
+        return self._read_log("scores")
+
+    def merges(self) -> list[dict[str, Any]]:
+        """All merge events."""
+        return self._read_log("merges")
+
+    def stages(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """All finished stages by run and number."""
+        return dict(self._stages)
+
+    def load(self) -> Record:
+        """Read the finished stages of a folder without changing anything."""
+        self._stages = {(line["run"], line["stage"]): line for line in self._read_log(_STAGES)}
+        return self
+
+    def finished(self, run: str) -> int:
+        """How many stages of a run are finished, counted from the first."""
+        count = 0
+        while (run, count) in self._stages:
+            count += 1
+        return count
+
+    def weights(self, run: str, stage: int) -> dict[str, Tensor]:
+        """The weights deployed after a finished stage, checked against their hash."""
+        line = self._stages[run, stage]
+        return read_tensors(self.stage_file(run, stage), line["sha256"])
+
+    # Writing.
+
+    def run_folder(self, run: str) -> Path:
+        """The folder of one run."""
+        return self.runs / run
+
+    def stage_file(self, run: str, stage: int) -> Path:
+        """The weights deployed after a stage."""
+        return self.run_folder(run) / f"stage-{stage:04d}.safetensors"
+
+    def save_weights(
+        self, run: str, stage: int, weights: dict[str, Tensor], same_as: Path | None
+    ) -> str:
+        """Keep the weights deployed after a stage; returns their SHA-256.
+
+        Args:
+            run: the run's id.
+            stage: the stage's number.
+            weights: what to write.
+            same_as: a file that already holds exactly these weights.
+        """
+        path = self.stage_file(run, stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if same_as is not None:
+            link_or_copy(same_as, path)
+        else:
+            write_tensors(path, weights, {"run": run, "stage": str(stage)})
+        return sha256(path)
+
+    def finish_stage(
+        self,
+        stage: dict[str, Any],
+        scores: list[dict[str, Any]],
+        merges: list[dict[str, Any]],
+    ) -> None:
+        """Write a stage's lines; with the last of them it is finished."""
+        if merges:
+            self._append("merges", merges)
+        self._append("scores", scores)
+        self._append(_STAGES, [stage])
+        self._stages[stage["run"], stage["stage"]] = stage
+
+    def finish_run(self, run: str, stages: int, keep: str) -> None:
+        """Leave the weights that are to be kept, with a manifest of their hashes."""
+        folder = self.run_folder(run)
+        manifest_file = folder / "manifest.json"
+        if manifest_file.exists():
+            return
+        last = stages - 1
+        manifest: dict[str, Any] = {}
+        if keep != "none":
+            link_or_copy(self.stage_file(run, last), folder / "model.safetensors")
+            kept = {"model.safetensors": last}
+            if keep == "all":
+                kept |= {self.stage_file(run, n).name: n for n in range(stages)}
+            manifest = {
+                name: {
+                    "sha256": self._stages[run, number]["sha256"],
+                    "bytes": (folder / name).stat().st_size,
+                }
+                for name, number in kept.items()
+            }
+        write_json(manifest_file, manifest)
+        if keep != "all":
+            for number in range(stages):
+                self.stage_file(run, number).unlink(missing_ok=True)
+        shutil.rmtree(folder / "memory", ignore_errors=True)

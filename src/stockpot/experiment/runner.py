@@ -1,0 +1,290 @@
+"""The loop over runs, stages and tasks: start, train, end, score, write."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from stockpot.arithmetic import l2_distance
+from stockpot.errors import StockpotError
+from stockpot.evaluation import Score, accuracy
+from stockpot.experiment.config import Experiment
+from stockpot.experiment.environment import describe_environment
+from stockpot.experiment.observer import Observer
+from stockpot.experiment.plan import Plan, Run, Stage, make_plan
+from stockpot.experiment.prefixes import PrefixStore
+from stockpot.experiment.record import Record
+from stockpot.experiment.summary import write_summary
+from stockpot.methods.base import Memory, Method, TaskRun
+from stockpot.models.learner import Learner, check_finite, copy_weights, load_weights_
+from stockpot.streams.data import Stream
+from stockpot.training.trainer import Trained, choose_device, train_task
+
+__all__ = ["Outcome", "run_experiment"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of an experiment."""
+
+    folder: Path
+    summary: list[dict[str, Any]]
+    """One object per finished run, as in summary.json."""
+    failures: dict[str, str]
+    """Run ids and what stopped them."""
+
+
+def run_experiment(
+    experiment: Experiment,
+    observer: Observer | None = None,
+    *,
+    stream: Stream | None = None,
+    share_prefixes: bool = True,
+) -> Outcome:
+    """Run every method, setting and seed of ``experiment``; go on where an earlier call stopped.
+
+    A run that fails is reported and does not stop the others.
+
+    Args:
+        experiment: what to run; its ``output`` folder becomes the record.
+        observer: is told how it goes.
+        stream: the tasks, if they are loaded already.
+        share_prefixes: whether runs that agree up to a task train it once. The weights are the
+            same without it.
+
+    Raises:
+        StockpotError: if nothing can go on: another experiment's folder, a damaged record, a full
+            disk.
+    """
+    if experiment.training.threads is not None:
+        torch.set_num_threads(experiment.training.threads)
+    stream = experiment.stream.load() if stream is None else stream
+    plan = make_plan(experiment, stream, share_prefixes)
+    return _Runner(experiment, stream, plan, observer or Observer()).run()
+
+
+class _Runner:
+    def __init__(
+        self, experiment: Experiment, stream: Stream, plan: Plan, observer: Observer
+    ) -> None:
+        self.experiment, self.stream, self.plan, self.observer = experiment, stream, plan, observer
+        self.record = Record(experiment.output)
+        self.prefixes = PrefixStore(experiment.output / "prefixes", plan.uses())
+        self.device = choose_device(experiment.training.device)
+        self.scored: dict[str, list[Score]] = {}
+        """Scores by the key of the deployed weights, so that shared weights are scored once."""
+        self.learner: Learner | None = None
+        self.start: dict[str, Tensor] = {}
+        self.start_seed: int | None = None
+
+    def run(self) -> Outcome:
+        self.record.open(self.experiment, describe_environment(self.experiment.seeds))
+        # The trainer collects garbage once a task; what is alive now need not be searched each time.
+        gc.collect()
+        gc.freeze()
+        self.observer.experiment_begins(self.plan, tuple(t.name for t in self.stream.tasks))
+        failures: dict[str, str] = {}
+        try:
+            for run in self.plan.runs:
+                try:
+                    self._run(run)
+                except StockpotError as error:
+                    if not _concerns_one_run(error):
+                        raise
+                    failures[run.id] = str(error)
+                    self.observer.run_failed(run, error)
+        finally:
+            gc.unfreeze()
+        summary = write_summary(self.record, self.plan, self.stream)
+        if not failures:
+            shutil.rmtree(self.prefixes.folder, ignore_errors=True)
+        shutil.rmtree(self.record.scratch, ignore_errors=True)
+        return Outcome(self.record.folder, summary, failures)
+
+    def _run(self, run: Run) -> None:
+        """One run, from its first unfinished stage."""
+        done = self.record.finished(run.id)
+        self.observer.run_begins(run, done)
+        for stage in run.stages[:done]:
+            self.prefixes.used(stage.trained)
+        if done < len(run.stages):
+            self._start_from(run.seed)
+            method = run.method.model_copy(deep=True)
+            previous = self.record.weights(run.id, done - 1) if done else self.start
+            for stage in run.stages[done:]:
+                previous = self._stage(run, method, stage, previous)
+        self.record.finish_run(run.id, len(run.stages), self.experiment.record.weights)
+        self.observer.run_ends(run)
+
+    def _start_from(self, seed: int) -> None:
+        """theta_0 of a seed: fresh weights, or a pre-trained model with a fresh head."""
+        if self.start_seed == seed and self.learner is not None:
+            return
+        set_seed(seed)
+        self.learner = self.experiment.model.build(self.stream)
+        self.learner.module.to(self.device)
+        self.start, self.start_seed = copy_weights(self.learner.module), seed
+        self.scored.clear()
+
+    def _stage(
+        self, run: Run, method: Method, stage: Stage, previous: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Train (or take from the store), end, score and write one stage."""
+        self.observer.stage_begins(run, stage)
+        context = self._context(run, stage, previous)
+        trained, fresh = self._train(run, method, stage, context)
+        begin = time.perf_counter()
+        method.end_task(context)
+        end_seconds = time.perf_counter() - begin
+        where = f"run {run.id}, after task {self.stream.tasks[stage.row].name!r}"
+        check_finite(context.model, where)
+
+        deployed = context.weights()
+        same = stage.trained == stage.deployed and self.prefixes.has(stage.trained)
+        digest = self.record.save_weights(
+            run.id,
+            stage.number,
+            deployed,
+            same_as=self.prefixes.path(stage.trained) if same else None,
+        )
+        scores = self._scores(stage.deployed)
+        names = list(context.learner.module.state_dict())
+        shared = [name for name in deployed if name in names and deployed[name].is_floating_point()]
+        line = {
+            "run": run.id,
+            "stage": stage.number,
+            "tasks": [self.stream.tasks[task].name for task in stage.tasks],
+            "row": stage.row,
+            "steps": trained.steps,
+            "seconds": trained.seconds + end_seconds,
+            "peak_memory": trained.peak_memory,
+            "trained_here": fresh,
+            "l2_to_anchor": l2_distance(
+                (deployed[name] for name in shared), (previous[name] for name in shared)
+            ),
+            "losses": trained.losses,
+            "sha256": digest,
+        }
+        self.record.finish_stage(
+            line,
+            self._score_lines(run, stage, scores),
+            [
+                {"run": run.id, "stage": stage.number, "task": line["tasks"][-1], **merge}
+                for merge in context.merges
+            ],
+        )
+        self.prefixes.used(stage.trained)
+        self._forget_weights(run, stage)
+        self.observer.stage_ends(run, stage, fresh, [score.value for score in scores])
+        return deployed
+
+    def _context(self, run: Run, stage: Stage, previous: Mapping[str, Tensor]) -> TaskRun:
+        assert self.learner is not None
+        tasks = self.stream.tasks
+        return TaskRun(
+            stage=stage.number,
+            last=stage.number == len(run.stages) - 1,
+            tasks=tuple(tasks[task] for task in stage.tasks),
+            past=tuple(tasks[task] for before in run.stages[: stage.number] for task in before.tasks),
+            learner=self.learner,
+            start=self.start,
+            previous=previous,
+            memory=Memory(self.record.run_folder(run.id) / "memory", stage.number),
+            # The same for all methods: they see the same batches, and runs that agree can share.
+            seed=run.seed * 1_000_003 + stage.number,
+            total_steps=stage.steps,
+            device=self.device,
+        )
+
+    def _train(
+        self, run: Run, method: Method, stage: Stage, context: TaskRun
+    ) -> tuple[Trained, bool]:
+        """Leave the trained weights in the model; the second value says if they were trained now."""
+        if self.prefixes.has(stage.trained):
+            weights, about = self.prefixes.load(stage.trained)
+            context.load(weights)
+            context.merges[:] = about["merges"]
+            losses = [(int(step), float(loss)) for step, loss in about["losses"]]
+            return Trained(stage.steps, about["seconds"], about["peak_memory"], losses), False
+        set_seed(context.seed % 2**32)
+        method.start_task(context)
+        data = method.training_data(context)
+        names = ", ".join(task.name for task in context.tasks)
+        trained = train_task(
+            method,
+            context,
+            data,
+            self.experiment.training,
+            self.record.scratch / run.id / f"stage-{stage.number:04d}",
+            self.observer.step,
+            where=f"run {run.id}, task {names!r}",
+        )
+        about = {
+            "merges": context.merges,
+            "losses": trained.losses,
+            "seconds": trained.seconds,
+            "peak_memory": trained.peak_memory,
+        }
+        self.prefixes.save(stage.trained, context.weights(), about)
+        return trained, True
+
+    def _scores(self, key: str) -> list[Score]:
+        """The score on every task of the weights in the model."""
+        if key not in self.scored:
+            assert self.learner is not None
+            size = self.experiment.evaluation.batch_size
+            self.scored[key] = [
+                accuracy(self.learner, task.test, size, self.device) for task in self.stream.tasks
+            ]
+        return self.scored[key]
+
+    def _start_scores(self) -> list[Score]:
+        """b: the scores of theta_0."""
+        if "start" not in self.scored:
+            assert self.learner is not None
+            now = copy_weights(self.learner.module)
+            load_weights_(self.learner.module, self.start)
+            self._scores("start")
+            load_weights_(self.learner.module, now)
+        return self.scored["start"]
+
+    def _score_lines(self, run: Run, stage: Stage, scores: list[Score]) -> list[dict[str, Any]]:
+        """The lines of scores.jsonl: this stage's, with those of theta_0 before the first."""
+        rows = [(stage.number, self.stream.tasks[stage.row].name, stage.steps, scores)]
+        if stage.number == 0:
+            rows.insert(0, (-1, None, 0, self._start_scores()))
+        return [
+            {
+                "run": run.id,
+                "stage": number,
+                "trained": trained,
+                "step": steps,
+                "task": task.name,
+                "metric": score.metric,
+                "value": score.value,
+                "n": score.n,
+                "stderr": score.stderr,
+            }
+            for number, trained, steps, row in rows
+            for task, score in zip(self.stream.tasks, row, strict=True)
+        ]
+
+    def _forget_weights(self, run: Run, stage: Stage) -> None:
+        if self.experiment.record.weights != "all" and stage.number:
+            self.record.stage_file(run.id, stage.number - 1).unlink(missing_ok=True)
+
+
+def _concerns_one_run(error: StockpotError) -> bool:
+    """Whether other runs can go on: true of a run that diverged, not of a full disk."""
+    from stockpot.errors import DamagedRecordError, DiskFullError
+
+    return not isinstance(error, DamagedRecordError | DiskFullError)

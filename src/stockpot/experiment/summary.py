@@ -1,0 +1,73 @@
+"""summary.json: one object a run, computed from the record alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stockpot.errors import DamagedRecordError
+from stockpot.experiment.plan import Plan, Run
+from stockpot.experiment.record import Record
+from stockpot.files import write_json
+from stockpot.metrics import all_metrics
+from stockpot.streams.data import Stream
+
+__all__ = ["summarise", "write_summary"]
+
+
+def write_summary(record: Record, plan: Plan, stream: Stream) -> list[dict[str, Any]]:
+    """Compute the summary of all finished runs and write it."""
+    summary = summarise(record, plan, tuple(task.name for task in stream.tasks))
+    write_json(record.folder / "summary.json", summary)
+    return summary
+
+
+def summarise(record: Record, plan: Plan, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
+    """One object per finished run: method, settings, seed, R, b, metrics."""
+    scores: dict[tuple[str, int], dict[str, float]] = {}
+    for line in record.scores():
+        scores.setdefault((line["run"], line["stage"]), {})[line["task"]] = line["value"]
+    return [
+        _one(record, run, tasks, scores)
+        for run in plan.runs
+        if record.finished(run.id) == len(run.stages)
+    ]
+
+
+def _one(
+    record: Record,
+    run: Run,
+    tasks: tuple[str, ...],
+    scores: dict[tuple[str, int], dict[str, float]],
+) -> dict[str, Any]:
+    def row(stage: int) -> list[float]:
+        found = scores.get((run.id, stage), {})
+        missing = [task for task in tasks if task not in found]
+        if missing:
+            raise DamagedRecordError(
+                f"{record.folder / 'scores.jsonl'} lacks the score of run {run.id!r}, stage "
+                f"{stage}, on task {missing[0]!r}"
+            )
+        return [found[task] for task in tasks]
+
+    R: list[list[float] | None] = [None] * len(tasks)
+    for stage in run.stages:
+        R[stage.row] = row(stage.number)
+    b = row(-1)
+    lines = [record.stages()[run.id, stage.number] for stage in run.stages]
+    return {
+        "run": run.id,
+        "method": run.method.name,
+        "settings": run.method.settings(),
+        "label": run.label,
+        "seed": run.seed,
+        "tasks": list(tasks),
+        "R": R,
+        "b": b,
+        "metrics": {
+            **all_metrics(R, b),
+            "l2_to_anchor": lines[-1]["l2_to_anchor"],
+            "seconds": sum(line["seconds"] for line in lines),
+            "peak_memory": max(line["peak_memory"] for line in lines),
+            "steps": sum(line["steps"] for line in lines),
+        },
+    }

@@ -1,0 +1,139 @@
+"""Writing so that nothing is ever half written, and reading so that damage is noticed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stockpot.errors import DamagedRecordError, DiskFullError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "link_or_copy",
+    "read_json",
+    "read_tensors",
+    "sha256",
+    "space_errors",
+    "write_json",
+    "write_tensors",
+    "write_text",
+]
+
+
+@contextlib.contextmanager
+def space_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk into an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise _disk_full(path) from error
+    except Exception as error:
+        # safetensors and torch report the same condition as errors of their own kind.
+        if "No space left" not in str(error) and "os error 28" not in str(error):
+            raise
+        raise _disk_full(path) from error
+
+
+def _disk_full(path: Path) -> DiskFullError:
+    return DiskFullError(
+        f"no space left on the disk while writing {path}. Everything finished before is intact; "
+        "free some space and run the same command to go on."
+    )
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to that becomes ``path`` in one step, or leaves nothing behind."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with space_errors(path):
+            yield scratch
+            with scratch.open("rb") as file:
+                os.fsync(file.fileno())
+            scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with _replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of the record.
+
+    Raises:
+        DamagedRecordError: if it is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DamagedRecordError(f"{path} is missing from the record") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DamagedRecordError(f"{path} is damaged: {error}") from error
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write named tensors as a safetensors file, atomically."""
+    from safetensors.torch import save_file
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with _replacing(path) as scratch:
+        save_file(plain, str(scratch), metadata=dict(metadata or {}))
+
+
+def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:
+    """Read a safetensors file into memory.
+
+    Raises:
+        DamagedRecordError: if it is missing, is not readable, or its hash is not the expected one.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise DamagedRecordError(f"{path} is missing from the record")
+    if expected_sha256 is not None and sha256(path) != expected_sha256:
+        raise DamagedRecordError(
+            f"{path} is not the file that was written (its SHA-256 differs from the manifest's)"
+        )
+    try:
+        return load_file(str(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise DamagedRecordError(f"{path} is damaged: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``: a hard link where the file system allows it."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        with _replacing(target) as scratch:
+            shutil.copyfile(source, scratch)

@@ -1,0 +1,42 @@
+"""What the merging baselines share: an expert per task, trained from theta_0, merged at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from stockpot.methods.base import Method, TaskRun
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Experts"]
+
+
+class Experts(Method):
+    """Train each task from the starting model; deploy the merge of all experts so far.
+
+    All experts are kept, so that storage and the time of a merge grow with the number of tasks.
+    """
+
+    starts_from: ClassVar[Literal["previous", "start"]] = "start"
+
+    def end_task(self, run: TaskRun) -> None:
+        """Keep this task's expert and deploy the merge."""
+        expert = run.weights()
+        experts = [*run.memory.load_all("expert"), expert]
+        if not run.last:
+            run.memory.save("expert", expert)
+        run.load(self.merge(run, experts))
+
+    def merge(self, run: TaskRun, experts: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The merge rule."""
+        raise NotImplementedError(f"{type(self).__name__}.merge")
+
+    def training_identity(self, stage: int) -> dict[str, Any]:
+        """Plain fine-tuning, from theta_0."""
+        return {}
+
+    def deploy_identity(self, stage: int) -> dict[str, Any]:
+        """The merge rule and its settings."""
+        return {"method": self.name, **self.settings()}

@@ -1,0 +1,169 @@
+"""A method is five hooks around ordinary fine-tuning; this is what they are and what they see.
+
+Settings are the fields of a method's class: typed, bounded, each described where it stands. Nothing
+here imports torch when it is imported, so that an experiment is checked in a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from stockpot.models.learner import Learner
+    from stockpot.streams.data import Task, TaskData
+
+__all__ = ["Memory", "Method", "TaskRun"]
+
+
+class Memory:
+    """What a method keeps from task to task: named tensors, one safetensors file per stage and name.
+
+    A file is tagged with the stage that wrote it and only earlier stages are read, so that a stage
+    that was killed in its last moment and is done again finds what it found the first time.
+    """
+
+    def __init__(self, folder: Path, stage: int) -> None:
+        self.folder = folder
+        self.stage = stage
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep ``tensors`` under ``name`` for later stages."""
+        from stockpot.files import write_tensors
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.folder / f"{name}-{self.stage:04d}.safetensors", tensors)
+
+    def load_all(self, name: str) -> list[dict[str, Tensor]]:
+        """Everything kept under ``name`` by earlier stages, oldest first."""
+        from stockpot.files import read_tensors
+
+        return [read_tensors(path) for path in self._files(name)]
+
+    def load(self, name: str) -> dict[str, Tensor] | None:
+        """What the latest earlier stage kept under ``name``, or None."""
+        from stockpot.files import read_tensors
+
+        files = self._files(name)
+        return read_tensors(files[-1]) if files else None
+
+    def drop_superseded(self, name: str) -> None:
+        """Delete what earlier stages kept under ``name`` except the latest that is still needed."""
+        for path in self._files(name)[:-1]:
+            path.unlink()
+
+    def _files(self, name: str) -> list[Path]:
+        files = sorted(self.folder.glob(f"{name}-[0-9][0-9][0-9][0-9].safetensors"))
+        return [path for path in files if int(path.stem[-4:]) < self.stage]
+
+
+@dataclass
+class TaskRun:
+    """One task being fine-tuned, as its method sees it."""
+
+    stage: int
+    """0 for the first task of the stream."""
+    last: bool
+    """Whether no task follows."""
+    tasks: tuple[Task, ...]
+    """What is trained now: one task, or all of them at once for multitask."""
+    past: tuple[Task, ...]
+    """The tasks trained before, in order."""
+    learner: Learner
+    """The model, and how images become its logits."""
+    start: Mapping[str, Tensor]
+    """theta_0, the weights before the first task."""
+    previous: Mapping[str, Tensor]
+    """The weights deployed after the previous task; theta_0 for the first."""
+    memory: Memory
+    seed: int
+    """Seed of this run and stage, for whatever the method draws."""
+    total_steps: int
+    """T, the number of optimizer steps of this stage."""
+    device: torch.device
+    loss_scale: float = 1.0
+    """What the loss was multiplied by before its gradient was taken (float16 training)."""
+    merges: list[dict[str, float]] = field(default_factory=list)
+    """The merge events of this stage."""
+    progress: Callable[[str], None] = lambda _: None
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that trains."""
+        return self.learner.module
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Put ``weights`` into the model."""
+        from stockpot.models.learner import load_weights_
+
+        load_weights_(self.model, weights)
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of the model's weights as they are now."""
+        from stockpot.models.learner import copy_weights
+
+        return copy_weights(self.model)
+
+
+class Method(BaseModel):
+    """What is done around ordinary fine-tuning so that less is forgotten: five hooks.
+
+    The default of each hook is plain sequential fine-tuning.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    name: ClassVar[str]
+    reference: ClassVar[str] = ""
+    joint: ClassVar[bool] = False
+    """Whether all tasks are trained at once."""
+    starts_from: ClassVar[Literal["previous", "start"]] = "previous"
+    """Which weights a task's training starts from: the previous task's, or theta_0."""
+    curve: ClassVar[str | None] = None
+    """The setting along which figures draw this method's curve."""
+    headline: ClassVar[tuple[str, ...]] = ()
+    """The settings that a run's name always gives; others only when they are not the default."""
+
+    def start_task(self, run: TaskRun) -> None:
+        """Choose the weights to start from; load what earlier tasks left."""
+        run.load(run.previous if self.starts_from == "previous" else run.start)
+
+    def training_data(self, run: TaskRun) -> TaskData:
+        """What to train on: as many examples as the tasks have."""
+        from stockpot.streams.data import Mixture
+
+        return run.tasks[0].train if len(run.tasks) == 1 else Mixture([t.train for t in run.tasks])
+
+    def before_step(self, run: TaskRun) -> Tensor | None:
+        """May add to the gradients, before they are clipped; returns the penalty's value."""
+        return None
+
+    def after_step(self, run: TaskRun, step: int) -> None:
+        """May change the weights, after optimizer step ``step`` (1-based)."""
+
+    def end_task(self, run: TaskRun) -> None:
+        """Keep what later tasks need; leave in the model the weights to deploy."""
+
+    # What follows says which runs have trained the same thing, so that it is trained once.
+
+    def settings(self) -> dict[str, Any]:
+        """All settings, by name."""
+        return self.model_dump(mode="json")
+
+    def training_identity(self, stage: int) -> dict[str, Any]:
+        """What, beside data, seed and starting weights, decides the weights trained in a stage.
+
+        Empty for plain fine-tuning, which is what every method does on a first task.
+        """
+        return {"method": self.name, **self.settings()} if stage else {}
+
+    def deploy_identity(self, stage: int) -> dict[str, Any]:
+        """What decides the deployed weights, given the trained ones; empty if they are the same."""
+        return {}

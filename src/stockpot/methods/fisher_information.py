@@ -1,0 +1,125 @@
+"""Diagonal Fisher information: the mean of squared per-example gradients."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+
+from stockpot.averaging.weights import trainable_weights
+
+if TYPE_CHECKING:
+    from stockpot.models.learner import Learner
+    from stockpot.streams.data import TaskData
+
+__all__ = ["fisher_diagonal"]
+
+# Per-example gradients of a chunk live at once; this bounds them to 64 MiB of float32.
+_CHUNK_ELEMENTS = 16 * 2**20
+
+
+def fisher_diagonal(
+    learner: Learner,
+    data: TaskData,
+    samples: int | None,
+    labels: Literal["sampled", "true", "exact"],
+    seed: int,
+) -> dict[str, Tensor]:
+    """``F[j] = 1/N sum_n (d log p(y_n | x_n) / d theta[j])^2``, per example (Martens 2014).
+
+    The square is taken per example and then summed; the square of a batch's summed gradient, which
+    many implementations use, is another quantity. The model is in eval mode and no statistic of it
+    moves.
+
+    Args:
+        learner: the model at the weights to take the Fisher values at.
+        data: the examples of the task.
+        samples: how many of them to use, drawn without replacement; None: all.
+        labels: ``"sampled"`` draws y from the model's own distribution, ``"true"`` takes the data's
+            (the empirical Fisher), ``"exact"`` sums over all y, weighted by p(y | x).
+        seed: of the draws.
+
+    Returns:
+        float32 values on the model's device, by the names of the trainable parameters.
+    """
+    model = learner.module
+    was_training = model.training
+    model.eval()
+    try:
+        return _accumulate(learner, data, samples, labels, seed)
+    finally:
+        model.train(was_training)
+
+
+def _accumulate(
+    learner: Learner,
+    data: TaskData,
+    samples: int | None,
+    labels: Literal["sampled", "true", "exact"],
+    seed: int,
+) -> dict[str, Tensor]:
+    parameters = {n: p.detach() for n, p in trainable_weights(learner.module).items()}
+    frozen = {
+        n: t.detach()
+        for n, t in (*learner.module.named_parameters(), *learner.module.named_buffers())
+        if n not in parameters
+    }
+    device = next(iter(parameters.values())).device
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(data), generator=generator)[:samples]
+    totals = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
+
+    def log_likelihood(
+        weights: dict[str, Tensor], pixels: Tensor, allowed: Tensor | None, label: Tensor
+    ) -> Tensor:
+        output = functional_call(learner.module, {**frozen, **weights}, (pixels.unsqueeze(0),))
+        logits = learner.select(output, None if allowed is None else allowed.unsqueeze(0))
+        return -F.cross_entropy(logits.float(), label.unsqueeze(0))
+
+    size = sum(p.numel() for p in parameters.values())
+    for rows in chosen.split(max(1, min(256, _CHUNK_ELEMENTS // size))):
+        batch = data.__getitems__(rows)
+        pixels = learner.preprocess(batch["pixel_values"].to(device))
+        allowed = None if batch["allowed"] is None else batch["allowed"].to(device)
+        with torch.no_grad():
+            probabilities = F.softmax(
+                learner.select(learner.module(pixels), allowed).float(), dim=-1
+            ).cpu()
+        for label, weight in _labels(labels, batch["labels"], probabilities, generator):
+            if not bool((weight > 0).any()):
+                continue
+            per_example = vmap(
+                grad(log_likelihood),
+                in_dims=(None, 0, None if allowed is None else 0, 0),
+                randomness="same",
+            )(parameters, pixels, allowed, label.to(device))
+            for name, gradient in per_example.items():
+                # einsum squares and sums without a second copy of the gradients.
+                flat = gradient.float().flatten(1)
+                totals[name] += torch.einsum(
+                    "ni,ni,n->i", flat, flat, weight.to(device)
+                ).view_as(totals[name])
+    return {name: total / len(chosen) for name, total in totals.items()}
+
+
+def _labels(
+    kind: Literal["sampled", "true", "exact"],
+    true: Tensor,
+    probabilities: Tensor,
+    generator: torch.Generator,
+) -> list[tuple[Tensor, Tensor]]:
+    """The labels to take gradients for, each with the weight of its square, per example."""
+    one = torch.ones(len(true))
+    if kind == "true":
+        return [(true, one)]
+    if kind == "sampled":
+        return [(torch.multinomial(probabilities, 1, generator=generator).flatten(), one)]
+    likeliest = probabilities.argmax(dim=1)
+    return [
+        # Where p(y | x) = 0 the gradient may be infinite; any other label does, its weight is 0.
+        (torch.where(weight > 0, torch.full_like(true, label), likeliest), weight)
+        for label, weight in enumerate(probabilities.unbind(dim=1))
+    ]

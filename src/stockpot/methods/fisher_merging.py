@@ -1,0 +1,61 @@
+"""Fisher merging: average the experts, each weight by what it matters to its own task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field, PrivateAttr
+
+from stockpot.methods._experts import Experts
+from stockpot.methods.base import TaskRun
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["FisherMerging"]
+
+
+class FisherMerging(Experts):
+    """sum_i F_i theta_i / sum_i F_i per weight (paper, eq. 15), F_i the Fisher values of expert i."""
+
+    name: ClassVar[str] = "fisher-merging"
+    reference: ClassVar[str] = "Matena & Raffel 2022, arXiv 2111.09832"
+
+    labels: Literal["sampled", "true", "exact"] = Field(
+        "exact",
+        description="labels the gradients are taken for: sampled from the model, true, or the "
+        "exact expectation (as in the original)",
+    )
+    samples: int | None = Field(
+        2000, ge=1, description="examples per task for its Fisher values; null: all"
+    )
+    floor: float = Field(1e-6, gt=0, description="smallest Fisher value, so that no weight is 0/0")
+    normalize: bool = Field(
+        False, description="divide each expert's Fisher values by their norm over the model"
+    )
+
+    _fishers: list[Any] = PrivateAttr(default_factory=list)
+
+    def end_task(self, run: TaskRun) -> None:
+        """Take this expert's Fisher values, keep them, and merge."""
+        from stockpot.methods.fisher_information import fisher_diagonal
+
+        fisher = fisher_diagonal(
+            run.learner, self.training_data(run), self.samples, self.labels, run.seed
+        )
+        fisher = {name: values.cpu() for name, values in fisher.items()}
+        self._fishers = [*run.memory.load_all("fisher"), fisher]
+        if not run.last:
+            run.memory.save("fisher", fisher)
+        super().end_task(run)
+
+    def merge(self, run: TaskRun, experts: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Weight by Fisher values; buffers, which have none, are averaged."""
+        from stockpot.merging.rules import fisher, linear
+
+        measured = set(self._fishers[0])
+        weights = [{n: w for n, w in e.items() if n in measured} for e in experts]
+        others = [{n: w for n, w in e.items() if n not in measured} for e in experts]
+        merged = fisher(weights, self._fishers, floor=self.floor, normalize=self.normalize)
+        return {**merged, **(linear(others) if others[0] else {})}

@@ -1,0 +1,35 @@
+"""L1 penalty towards the previous task's weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from stockpot.methods._penalty import Penalty
+from stockpot.methods.base import TaskRun
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["L1"]
+
+
+class L1(Penalty):
+    """Loss + strength * ||theta - theta_o||_1 (paper, section 6)."""
+
+    name: ClassVar[str] = "l1"
+    reference: ClassVar[str] = "arXiv 2501.05559, section 6"
+
+    def before_step(self, run: TaskRun) -> Tensor | None:
+        """Add ``strength * sign(theta - theta_o)`` to the gradient (0 where they are equal)."""
+        import torch
+
+        if not self._weights:
+            return None
+        with torch.no_grad():
+            difference = torch._foreach_sub(self._weights, self._anchor)
+            value = self.strength * sum(d.abs().sum() for d in difference)
+            torch._foreach_sign_(difference)
+            torch._foreach_add_(
+                self._gradients(), difference, alpha=self.strength * run.loss_scale
+            )
+            return value

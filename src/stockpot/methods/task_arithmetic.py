@@ -1,0 +1,35 @@
+"""Task arithmetic: add the task vectors of all experts to the starting model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from stockpot.methods._experts import Experts
+from stockpot.methods.base import TaskRun
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["TaskArithmetic"]
+
+
+class TaskArithmetic(Experts):
+    """theta_0 + scale * sum_i (theta_i - theta_0), each theta_i trained from theta_0."""
+
+    name: ClassVar[str] = "task-arithmetic"
+    reference: ClassVar[str] = "Ilharco et al. 2023, arXiv 2212.04089"
+    curve: ClassVar[str | None] = "scale"
+    headline: ClassVar[tuple[str, ...]] = ("scale",)
+
+    scale: float = Field(
+        0.5, allow_inf_nan=False, description="factor of the summed task vectors (lambda)"
+    )
+
+    def merge(self, run: TaskRun, experts: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
+        """Add the scaled task vectors."""
+        from stockpot.merging.rules import task_arithmetic
+
+        return task_arithmetic(run.start, experts, scale=self.scale)

@@ -1,0 +1,101 @@
+"""Hugging Face image classifiers, with their image processor's work done on batches."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stockpot.errors import StockpotError
+from stockpot.models.learner import Learner, to_unit_range
+
+__all__ = ["load_image_classifier"]
+
+
+def load_image_classifier(
+    source: str, revision: str | None, pretrained: bool, labels: int
+) -> Learner:
+    """``AutoModelForImageClassification`` with a head for ``labels`` labels.
+
+    A head of another size is replaced by a fresh one; everything else must load.
+
+    Raises:
+        StockpotError: if the model cannot be had.
+    """
+    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # the fresh head is meant, and said in the docs
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, num_labels=labels)
+        if pretrained:
+            module = AutoModelForImageClassification.from_pretrained(
+                source,
+                revision=revision,
+                config=config,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+            )
+        else:
+            module = AutoModelForImageClassification.from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise StockpotError(
+            f"cannot load the model {source!r}: {line}. Without a network, give a local folder "
+            "that holds config.json and model.safetensors"
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+    return Learner(module, partial(_preprocess, **_processing(source, revision, config)))
+
+
+def _processing(source: str, revision: str | None, config: Any) -> dict[str, Any]:
+    """Size, mean and deviation from the model's image processor, as far as it has one."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        source,
+        "preprocessor_config.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
+    settings = json.loads(Path(found).read_text()) if found else {}
+    size = settings.get("size", getattr(config, "image_size", None))
+    if isinstance(size, dict):
+        side = size.get("shortest_edge")
+        size = (size.get("height", side), size.get("width", side))
+    elif isinstance(size, int):
+        size = (size, size)
+    normalised = settings.get("do_normalize", bool(settings))
+    return {
+        "size": tuple(size) if size and settings.get("do_resize", True) else None,
+        "mean": tuple(settings.get("image_mean", (0.5,))) if normalised else (0.0,),
+        "deviation": tuple(settings.get("image_std", (0.5,))) if normalised else (1.0,),
+        "channels": getattr(config, "num_channels", 3),
+    }
+
+
+def _preprocess(
+    images: Tensor,
+    size: tuple[int, int] | None,
+    mean: tuple[float, ...],
+    deviation: tuple[float, ...],
+    channels: int,
+) -> Tensor:
+    pixels = to_unit_range(images)
+    if pixels.shape[1] == 1 and channels > 1:
+        pixels = pixels.expand(-1, channels, -1, -1)
+    if size is not None and tuple(pixels.shape[-2:]) != size:
+        pixels = F.interpolate(
+            pixels, size=size, mode="bilinear", antialias=True, align_corners=False
+        )
+    centre = pixels.new_tensor(mean).view(1, -1, 1, 1)
+    return (pixels - centre) / pixels.new_tensor(deviation).view(1, -1, 1, 1)

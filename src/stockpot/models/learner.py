@@ -1,0 +1,148 @@
+"""A model that classifies images: the module, what it wants to see, and its weights by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stockpot.errors import NonFiniteError, StockpotError
+
+__all__ = [
+    "Learner",
+    "check_finite",
+    "conv",
+    "copy_weights",
+    "load_weights_",
+    "mlp",
+    "to_unit_range",
+]
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 images as floats in [0, 1]; floats as they are."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A module from a batch of images to logits.
+
+    Args:
+        module: takes what ``preprocess`` returns; gives logits (B, labels), or an object that has
+            them as ``logits``.
+        preprocess: from a batch of images as the data set holds them, (B, C, H, W) in uint8 or in
+            [0, 1], to the module's input.
+    """
+
+    module: nn.Module
+    preprocess: Callable[[Tensor], Tensor] = to_unit_range
+
+    def logits(self, images: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """(B, labels); labels that an example may not choose have -inf."""
+        return self.select(self.module(self.preprocess(images)), allowed)
+
+    @staticmethod
+    def select(output: Any, allowed: Tensor | None) -> Tensor:
+        """The logits in a module's output, masked to the allowed labels."""
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
+        if allowed is None:
+            return logits
+        return logits.masked_fill(~allowed, float("-inf"))
+
+
+def mlp(image_shape: tuple[int, int, int], hidden: tuple[int, ...], labels: int) -> nn.Module:
+    """Flatten, then Linear and ReLU per hidden layer, then Linear to the labels."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    width = image_shape[0] * image_shape[1] * image_shape[2]
+    for units in hidden:
+        layers += [nn.Linear(width, units), nn.ReLU()]
+        width = units
+    return nn.Sequential(*layers, nn.Linear(width, labels))
+
+
+def conv(
+    image_shape: tuple[int, int, int],
+    channels: tuple[int, ...],
+    labels: int,
+    norm: Literal["none", "batch"] = "none",
+) -> nn.Module:
+    """Blocks of 3x3 convolution (and BatchNorm), ReLU, 2x2 max-pooling; then Linear to the labels.
+
+    Raises:
+        StockpotError: if the image is too small for so many poolings.
+    """
+    depth, height, width = image_shape
+    if min(height, width) >> len(channels) < 1:
+        raise StockpotError(
+            f"model.channels has {len(channels)} blocks, each halving the image, and the images "
+            f"are only {height}x{width}; use fewer blocks"
+        )
+    layers: list[nn.Module] = []
+    for number in channels:
+        layers.append(nn.Conv2d(depth, number, 3, padding=1))
+        if norm == "batch":
+            layers.append(nn.BatchNorm2d(number))
+        layers += [nn.ReLU(), nn.MaxPool2d(2)]
+        depth, height, width = number, height // 2, width // 2
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(depth * height * width, labels))
+
+
+def _named_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, a tied tensor once."""
+    persistent = set(module.state_dict(keep_vars=True))
+    named: dict[str, Tensor] = dict(module.named_parameters())
+    named.update((n, b) for n, b in module.named_buffers() if n in persistent)
+    return named
+
+
+def copy_weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of all weights (parameters and persistent buffers) in host memory."""
+    return {
+        name: tensor.detach().to("cpu", copy=True) for name, tensor in _named_weights(module).items()
+    }
+
+
+@torch.no_grad()
+def load_weights_(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Write ``weights`` into the module, in place.
+
+    Raises:
+        StockpotError: if a name or a shape does not match.
+    """
+    own = _named_weights(module)
+    if own.keys() != weights.keys():
+        missing, extra = own.keys() - weights.keys(), weights.keys() - own.keys()
+        raise StockpotError(
+            "these weights belong to another model: "
+            + "; ".join(
+                f"{what} {', '.join(sorted(names)[:3])}"
+                for what, names in (("missing", missing), ("not in the model", extra))
+                if names
+            )
+        )
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            raise StockpotError(
+                f"weight {name!r} has shape {tuple(weights[name].shape)}; the model needs "
+                f"{tuple(tensor.shape)}"
+            )
+    for name, tensor in own.items():
+        tensor.copy_(weights[name])
+
+
+def check_finite(module: nn.Module, where: str) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        NonFiniteError: naming the first such weight and ``where`` it was found.
+    """
+    for name, tensor in _named_weights(module).items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NonFiniteError(
+                f"{where}: weight {name!r} is not finite; nothing of it was saved. Lower "
+                "training.learning_rate or set training.max_grad_norm"
+            )

@@ -1,0 +1,225 @@
+"""The figures: the trade-off plane and the accuracy matrices, as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stockpot.files import space_errors
+from stockpot.methods import METHODS
+from stockpot.report.style import colour, marker, title
+from stockpot.report.table import Group, Interval
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Curve", "Point", "accuracy_matrices", "curves", "save_figure", "trade_off_plane"]
+
+_SVG_SALT = "stockpot"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method and setting on the plane: score on the newest task, and on the earlier ones."""
+
+    group: Group
+    new: Interval
+    old: Interval
+    at: Any
+    """The value of the setting that its curve runs along."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One method along one setting, all other settings the same."""
+
+    method: str
+    along: str | None
+    fixed: dict[str, Any]
+    points: tuple[Point, ...]
+
+    @property
+    def label(self) -> str:
+        """``SFA along p (beta=0.5)``."""
+        if len(self.points) == 1 or self.along is None:
+            point = self.points[0].group
+            return title(self.method) + point.label.removeprefix(self.method).rstrip()
+        named = METHODS[self.method].headline if self.method in METHODS else ()
+        rest = ", ".join(f"{k} {v:g}" for k, v in self.fixed.items() if k in named and v is not None)
+        return f"{title(self.method)} along {self.along}" + (f" ({rest})" if rest else "")
+
+
+def curves(groups: Sequence[Group]) -> list[Curve]:
+    """Every method's points, joined along the setting that the method names as its curve.
+
+    The plane has the last task's final score across and the mean final score of the tasks before it
+    upwards; for two tasks, task B and task A as in the paper.
+    """
+    found: dict[str, tuple[str, str | None, dict[str, Any], list[Point]]] = {}
+    for group in groups:
+        along = _along(group)
+        fixed = {k: v for k, v in group.settings.items() if k != along}
+        new = Interval.of([run["R"][-1][-1] for run in group.runs])
+        old = Interval.of([_mean(run["R"][-1][:-1] or run["R"][-1]) for run in group.runs])
+        if new is None or old is None:
+            continue
+        key = f"{group.method} {along} {sorted(fixed.items(), key=str)}"
+        entry = found.setdefault(key, (group.method, along, fixed, []))
+        entry[3].append(Point(group, new, old, None if along is None else group.settings[along]))
+    return [
+        Curve(method, along, fixed, tuple(sorted(points, key=lambda p: (p.at is None, p.at or 0))))
+        for method, along, fixed, points in found.values()
+    ]
+
+
+def _along(group: Group) -> str | None:
+    if group.method not in METHODS:
+        return None
+    along = METHODS[group.method].curve
+    if along == "p" and group.settings.get("p") is None:
+        return "every"
+    return along
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def trade_off_plane(groups: Sequence[Group], tasks: Sequence[str], subtitle: str = "") -> Figure:
+    """What was kept against what was learned: one curve per method along its setting (Fig. 9)."""
+    figure, axes = _figure(8.4, 5.6)
+    many = {curve.method for curve in (all_curves := curves(groups)) if len(curve.points) > 1}
+    dashes = ("-", "--", ":", "-.")
+    drawn: dict[str, int] = {}
+    for curve in all_curves:
+        line = "none" if len(curve.points) == 1 else dashes[drawn.get(curve.method, 0) % 4]
+        drawn[curve.method] = drawn.get(curve.method, 0) + (len(curve.points) > 1)
+        _draw(axes, curve, line, in_front=curve.method in many or curve.method == "multitask")
+    earlier = tasks[0] if len(tasks) == 2 else f"mean of the {len(tasks) - 1} earlier tasks"
+    axes.set_xlabel(f"accuracy on the last task, {tasks[-1]} (%)")
+    axes.set_ylabel(f"accuracy on {earlier} (%)" if len(tasks) > 1 else "accuracy (%)")
+    axes.set_title(f"Kept against learned{subtitle}", loc="left", fontsize=11)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.legend(
+        loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8, labelspacing=0.7
+    )
+    return figure
+
+
+def _draw(axes: Axes, curve: Curve, line: str, in_front: bool) -> None:
+    x = [point.new.mean * 100 for point in curve.points]
+    y = [point.old.mean * 100 for point in curve.points]
+    width = [(point.new.half_width or 0) * 100 for point in curve.points]
+    height = [(point.old.half_width or 0) * 100 for point in curve.points]
+    star = curve.method == "multitask"
+    shade = colour(curve.method)
+    axes.errorbar(x, y, xerr=width, yerr=height, fmt="none", ecolor=shade, alpha=0.28, elinewidth=1)
+    axes.plot(
+        x,
+        y,
+        color=shade,
+        linestyle=line,
+        linewidth=1.6,
+        marker=marker(curve.method),
+        markersize=15 if star else 6.5,
+        markeredgecolor="white",
+        markeredgewidth=0.7,
+        label=curve.label,
+        zorder=4 if in_front else 3,
+    )
+    if len(curve.points) > 1:
+        for point, px, py in zip(curve.points, x, y, strict=True):
+            axes.annotate(
+                f"{point.at:g}",
+                (px, py),
+                textcoords="offset points",
+                xytext=(5, 4),
+                fontsize=6.5,
+                color=shade,
+                zorder=5,
+            )
+
+
+def accuracy_matrices(groups: Sequence[Group], tasks: Sequence[str]) -> Figure:
+    """R as a heat map: each method at its best setting by average accuracy, mean over seeds."""
+    best: dict[str, Group] = {}
+    for group in groups:
+        held = best.get(group.method)
+        if held is None or _average(group) > _average(held):
+            best[group.method] = group
+    columns = min(4, len(best))
+    rows = -(-len(best) // columns)
+    side = max(1.9, min(4.2, 0.32 * len(tasks) + 1.2))
+    figure, grid = _figure(side * columns + 1.6, (side + 0.75) * rows + 0.5, rows, columns)
+    panels = list(grid.flat)
+    image = None
+    for axes, group in zip(panels, best.values(), strict=False):
+        image = _heat_map(axes, group, tasks)
+    for axes in panels[len(best) :]:
+        axes.set_visible(False)
+    if image is not None:
+        bar = figure.colorbar(image, ax=panels, shrink=0.75, pad=0.02)
+        bar.set_label("accuracy (%)", fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    figure.supxlabel("scored on", fontsize=9)
+    figure.supylabel("after training through", fontsize=9)
+    return figure
+
+
+def _average(group: Group) -> float:
+    interval = group.metric("average_accuracy")
+    return -1.0 if interval is None else interval.mean
+
+
+def _heat_map(axes: Axes, group: Group, tasks: Sequence[str]) -> Any:
+    import numpy as np
+
+    matrix = group.matrix()
+    values = np.array([[np.nan if v is None else v * 100 for v in row] for row in matrix])
+    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="equal")
+    axes.set_facecolor("#eeeeee")  # rows that were never trained
+    name = title(group.method) + group.label.removeprefix(group.method)
+    axes.set_title(name, fontsize=8)
+    if len(tasks) <= 10:
+        for (t, i), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                ink = "white" if value < 60 else "black"
+                axes.text(i, t, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+        axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=7)
+        axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
+    else:
+        axes.tick_params(labelsize=6)
+    return image
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    # Without pyplot: no window system, no global state, nothing to close.
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    single = rows == columns == 1
+    return figure, figure.subplots(rows, columns, squeeze=single)
+
+
+def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write a figure as PNG and SVG, the same bytes for the same numbers."""
+    import matplotlib
+
+    paths = []
+    for kind in ("png", "svg"):
+        path = folder / f"{name}.{kind}"
+        scratch = folder / f".{name}.tmp.{kind}"
+        with space_errors(path), matplotlib.rc_context({"svg.hashsalt": _SVG_SALT}):
+            try:
+                metadata = {"Date": None} if kind == "svg" else {"Software": None}
+                figure.savefig(scratch, dpi=160, metadata=metadata)
+                scratch.replace(path)
+            finally:
+                scratch.unlink(missing_ok=True)
+        paths.append(path)
+    return paths

@@ -1,0 +1,51 @@
+"""The answer in two sentences, computed from the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stockpot.report.style import title
+from stockpot.report.table import Group, Interval
+
+__all__ = ["headline"]
+
+# What needs all tasks at once, or old data, is a yardstick and not a competitor of the others.
+_YARDSTICKS = ("multitask", "rehearsal")
+
+
+def headline(groups: Sequence[Group]) -> str:
+    """Which method and setting keeps most, how that compares, and what cannot be concluded."""
+    ranked = sorted(
+        ((score, group) for group in groups if (score := group.metric("average_accuracy"))),
+        key=lambda pair: -pair[0].mean,
+    )
+    free = [pair for pair in ranked if pair[1].method not in _YARDSTICKS]
+    if not free:
+        return ""
+    best_score, best = free[0]
+    first = f"Without old data, {_name(best)} keeps most: average accuracy {_percent(best_score)}"
+    sequential = next((pair for pair in ranked if pair[1].method == "sequential"), None)
+    if sequential and best.method != "sequential":
+        first += f", against {_percent(sequential[0])} for sequential fine-tuning"
+    first += "."
+    rivals = [pair for pair in free[1:] if pair[1].method != best.method]
+    if not rivals:
+        return first
+    rival_score, rival = rivals[0]
+    second = f" The next method is {_name(rival)} with {_percent(rival_score)}"
+    if best_score.half_width is None or rival_score.half_width is None:
+        second += "; with one seed, no difference can be called real."
+    elif best_score.mean - best_score.half_width > rival_score.mean + rival_score.half_width:
+        second += "; the intervals do not overlap."
+    else:
+        second += "; the intervals overlap, so this does not say which of the two is better."
+    return first + second
+
+
+def _name(group: Group) -> str:
+    return title(group.method) + group.label.removeprefix(group.method)
+
+
+def _percent(interval: Interval) -> str:
+    text = f"{interval.mean * 100:.1f} %"
+    return text if interval.half_width is None else f"{text} ± {interval.half_width * 100:.1f}"

@@ -1,0 +1,162 @@
+"""One row per method and setting: mean over seeds, with a 95 % interval."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["COLUMNS", "Column", "Group", "Interval", "group_runs", "to_csv", "to_markdown"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over seeds and half the width of its 95 % interval; None with a single seed."""
+
+    mean: float
+    half_width: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float | None]) -> Interval | None:
+        """Student's t: ``mean +- t(0.975, n - 1) * s / sqrt(n)``; None if a value is missing."""
+        known = [value for value in values if value is not None]
+        if not known or len(known) < len(values):
+            return None
+        n = len(known)
+        mean = math.fsum(known) / n
+        if n == 1:
+            return cls(mean, None, 1)
+        from scipy.stats import t
+
+        deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (n - 1))
+        return cls(mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n), n)
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of one method and setting, one per seed."""
+
+    method: str
+    label: str
+    settings: dict[str, Any]
+    runs: tuple[dict[str, Any], ...]
+
+    def metric(self, name: str) -> Interval | None:
+        """A metric over the seeds."""
+        return Interval.of([run["metrics"][name] for run in self.runs])
+
+    def final(self, task: int) -> Interval | None:
+        """The last score on a task over the seeds."""
+        return Interval.of([run["R"][-1][task] for run in self.runs])
+
+    def matrix(self) -> list[list[float | None]]:
+        """R, averaged over the seeds."""
+        size = len(self.runs[0]["R"])
+        rows: list[list[float | None]] = []
+        for t in range(size):
+            row = [run["R"][t] for run in self.runs]
+            if any(r is None for r in row):
+                rows.append([None] * size)
+            else:
+                rows.append([math.fsum(r[i] for r in row) / len(row) for i in range(size)])
+        return rows
+
+
+def group_runs(summary: Sequence[dict[str, Any]]) -> list[Group]:
+    """The runs of a summary by method and setting, in the order they first appear."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in summary:
+        key = f"{run['method']} {sorted(run['settings'].items())}"
+        found.setdefault(key, []).append(run)
+    return [
+        Group(runs[0]["method"], runs[0]["label"], runs[0]["settings"], tuple(runs))
+        for runs in found.values()
+    ]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the results: where its numbers come from and how they are written."""
+
+    key: str
+    title: str
+    unit: str
+    value: Callable[[Group], Interval | None]
+    scale: float = 1.0
+    digits: int = 1
+
+    def text(self, group: Group) -> str:
+        """``81.2 ±2.0``, or a dash where there is no such number."""
+        interval = self.value(group)
+        if interval is None:
+            return "–"
+        mean = f"{interval.mean * self.scale:.{self.digits}f}"
+        if float(mean) == 0:
+            mean = mean.lstrip("-")
+        if interval.half_width is None:
+            return mean
+        return f"{mean} ±{interval.half_width * self.scale:.{self.digits}f}"
+
+
+def _metric(key: str, title: str, unit: str, scale: float = 1.0, digits: int = 1) -> Column:
+    return Column(key, title, unit, lambda group: group.metric(key), scale, digits)
+
+
+COLUMNS: tuple[Column, ...] = (
+    _metric("average_accuracy", "average", "%", 100),
+    _metric("forgetting", "forgotten since learned", "% points", 100),
+    _metric("forgetting_vs_best", "forgotten since best", "% points", 100),
+    _metric("bwt", "BWT", "% points", 100),
+    _metric("fwt", "FWT", "% points", 100),
+    _metric("l2_to_anchor", "L2 to anchor", "", 1, 2),
+    _metric("seconds", "time", "s", 1, 1),
+    _metric("peak_memory", "peak memory", "MB", 1e-6, 0),
+)
+
+
+def task_columns(tasks: Sequence[str]) -> tuple[Column, ...]:
+    """One column per task: its score at the end of the stream."""
+
+    def final_of(number: int) -> Callable[[Group], Interval | None]:
+        return lambda group: group.final(number)
+
+    return tuple(
+        Column(f"final.{task}", task, "%", final_of(number), 100)
+        for number, task in enumerate(tasks)
+    )
+
+
+def to_markdown(groups: Sequence[Group], tasks: Sequence[str]) -> str:
+    """The whole table in Markdown."""
+    columns = (*task_columns(tasks), *COLUMNS)
+    head = ["method", *(f"{c.title} ({c.unit})" if c.unit else c.title for c in columns)]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(columns)]
+    for group in groups:
+        lines.append("| " + " | ".join([group.label, *(c.text(group) for c in columns)]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def to_csv(groups: Sequence[Group], tasks: Sequence[str]) -> str:
+    """The whole table with plain numbers, a mean and a half width per column."""
+    columns = (*task_columns(tasks), *COLUMNS)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(
+        ["method", "setting", "seeds"]
+        + [f"{c.key}{suffix}" for c in columns for suffix in ("", ".half_width_95")]
+    )
+    for group in groups:
+        row: list[Any] = [group.method, group.label, len(group.runs)]
+        for column in columns:
+            interval = column.value(group)
+            row += ["", ""] if interval is None else [interval.mean, _blank(interval.half_width)]
+        writer.writerow(row)
+    return out.getvalue()
+
+
+def _blank(value: float | None) -> float | str:
+    return "" if value is None else value

@@ -1,0 +1,192 @@
+"""Labelled images in memory, fetched a batch at a time, and the tasks and streams made of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from stockpot.errors import StockpotError
+
+__all__ = ["Batch", "ImageData", "Mixture", "Scenario", "Stream", "Task", "TaskData"]
+
+Scenario = Literal["class-incremental", "task-incremental", "domain-incremental"]
+
+
+class Batch(TypedDict):
+    """One batch of labelled images."""
+
+    pixel_values: Tensor
+    """(B, C, H, W); uint8 in 0 .. 255, or float in [0, 1]."""
+    labels: Tensor
+    """(B,) int64."""
+    allowed: Tensor | None
+    """(B, labels) bool: the labels that each example chooses from; None: all of them."""
+
+
+class ImageData(Dataset[Batch]):
+    """Labelled images that share one tensor in memory.
+
+    A subset or a permutation is a view: two hundred tasks over the same images cost two hundred
+    lists of row numbers and permutations, not two hundred copies.
+
+    Args:
+        images: (N, C, H, W), uint8 or float in [0, 1].
+        labels: (N,) int64, the labels the model is to give.
+        rows: which of the N images belong to this data set; all by default.
+        allowed: (labels,) bool, the labels to choose from (task-incremental scenario).
+        permutation: (C*H*W,) int64, an order of the pixels (the permuted stream).
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        rows: Tensor | None = None,
+        allowed: Tensor | None = None,
+        permutation: Tensor | None = None,
+    ) -> None:
+        self.images = images
+        self.labels = labels
+        self.rows = torch.arange(len(images)) if rows is None else rows
+        self.allowed = allowed
+        self.permutation = permutation
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
+        """The batch of these examples (PyTorch's fetcher calls this once a batch)."""
+        rows = self.rows[torch.as_tensor(indices)]
+        images = self.images[rows]
+        if self.permutation is not None:
+            images = images.flatten(1)[:, self.permutation].view_as(images)
+        allowed = None if self.allowed is None else self.allowed.expand(len(rows), -1)
+        return {"pixel_values": images, "labels": self.labels[rows], "allowed": allowed}
+
+    def subset(self, indices: Tensor) -> ImageData:
+        """These examples, in this order, over the same images."""
+        rows = self.rows[indices]
+        return ImageData(self.images, self.labels, rows, self.allowed, self.permutation)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of what the examples are; the images count by their bytes."""
+        digest = hashlib.sha256()
+        parts = (self.images[self.rows], self.labels[self.rows], self.allowed, self.permutation)
+        for tensor in parts:
+            if tensor is None:
+                digest.update(b"none")
+            else:
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.contiguous().numpy())
+        return digest.hexdigest()
+
+
+class Mixture(Dataset[Batch]):
+    """Several data sets as one: the examples of the first, then those of the second, and so on."""
+
+    def __init__(self, parts: Sequence[TaskData]) -> None:
+        self.parts = [part for part in parts if len(part)]
+        self._ends = torch.tensor([len(part) for part in self.parts]).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if self.parts else 0
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
+        """The batch of these examples; within it, examples of one part stand together."""
+        index = torch.as_tensor(indices)
+        owner = torch.searchsorted(self._ends, index, right=True)
+        batches = []
+        for number in owner.unique().tolist():
+            begin = int(self._ends[number - 1]) if number else 0
+            batches.append(self.parts[number].__getitems__(index[owner == number] - begin))
+        if len(batches) == 1:
+            return batches[0]
+        allowed = [batch["allowed"] for batch in batches]
+        return {
+            "pixel_values": torch.cat([batch["pixel_values"] for batch in batches]),
+            "labels": torch.cat([batch["labels"] for batch in batches]),
+            "allowed": None
+            if any(mask is None for mask in allowed)
+            else torch.cat([mask for mask in allowed if mask is not None]),
+        }
+
+    def subset(self, indices: Tensor) -> Mixture:
+        """These examples; they are ordered by part."""
+        owner = torch.searchsorted(self._ends, indices, right=True)
+        begins = torch.cat([torch.zeros(1, dtype=torch.int64), self._ends[:-1]])
+        return Mixture(
+            [
+                part.subset(indices[owner == number] - begins[number])
+                for number, part in enumerate(self.parts)
+            ]
+        )
+
+
+TaskData = ImageData | Mixture
+
+
+@dataclass(frozen=True)
+class Task:
+    """One data set to learn, with the data it is scored on."""
+
+    name: str
+    train: ImageData
+    test: ImageData
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The ordered tasks, and what the model needs to know of them."""
+
+    name: str
+    scenario: Scenario
+    tasks: tuple[Task, ...]
+    labels: int
+    """How many labels the model chooses from."""
+    image_shape: tuple[int, int, int]
+    """(C, H, W)."""
+    notes: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse what would fail later and less clearly: empty tasks, labels out of range."""
+        if not self.tasks:
+            raise StockpotError(f"stream {self.name!r} has no tasks")
+        for task in self.tasks:
+            for split, data in (("training", task.train), ("test", task.test)):
+                self._check(task.name, split, data)
+
+    def _check(self, task: str, split: str, data: ImageData) -> None:
+        where = f"stream {self.name!r}, task {task!r}"
+        if len(data) == 0:
+            raise StockpotError(f"{where} has no {split} examples: every task needs at least one")
+        labels = data.labels[data.rows]
+        bad = (labels < 0) | (labels >= self.labels)
+        if data.allowed is not None:
+            bad |= ~data.allowed[labels.clamp(0, self.labels - 1)]
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise StockpotError(
+                f"{where}, {split} example {row}: label {int(labels[row])} is out of range; the "
+                f"model has labels 0 to {self.labels - 1}"
+                + ("" if data.allowed is None else " and this task only some of them")
+            )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the scenario and every task's examples."""
+        digest = hashlib.sha256(f"{self.scenario} {self.labels} {self.image_shape}".encode())
+        for task in self.tasks:
+            digest.update(task.name.encode())
+            digest.update(task.train.fingerprint().encode() + task.test.fingerprint().encode())
+        return digest.hexdigest()

@@ -1,0 +1,79 @@
+"""What an experiment may say about training: typed, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["TrainingSettings"]
+
+
+class TrainingSettings(BaseModel):
+    """How each task is fine-tuned; the same for all methods."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(1, ge=1, description="passes over each task's training examples")
+    steps: int | None = Field(
+        None, ge=1, description="optimizer steps per task, instead of epochs; null: by epochs"
+    )
+    batch_size: int = Field(32, ge=1, description="examples per micro-batch")
+    gradient_accumulation: int = Field(
+        1, ge=1, description="micro-batches per optimizer step (steps are optimizer steps)"
+    )
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(
+        "adam", description="a fresh one for every task"
+    )
+    learning_rate: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak learning rate")
+    weight_decay: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="for adamw (decoupled) and sgd (L2)"
+    )
+    momentum: float = Field(0.0, ge=0, lt=1, description="for sgd")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="learning rate over a task: constant, or down to 0"
+    )
+    warmup: float = Field(
+        0.0, ge=0, lt=1, description="share of a task's steps over which the rate rises from 0"
+    )
+    max_grad_norm: float | None = Field(
+        None, gt=0, description="clip gradients, penalties included, to this norm; null: do not"
+    )
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="bfloat16 and float16 train by autocast; weights stay float32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of one run; small models are fastest with 1; null: all"
+    )
+    checkpoint_seconds: float | None = Field(
+        120.0,
+        ge=0,
+        description="seconds of training between checkpoints within a task; 0: every step; "
+        "null: none (a killed task starts again)",
+    )
+
+    @model_validator(mode="after")
+    def _options_fit_the_optimizer(self) -> Self:
+        if self.optimizer != "sgd" and self.momentum:
+            raise ValueError(f"momentum = {self.momentum} belongs to optimizer: sgd")
+        if self.optimizer == "adam" and self.weight_decay:
+            raise ValueError(
+                f"weight_decay = {self.weight_decay} with optimizer: adam; use adamw, whose decay "
+                "is decoupled from the gradient"
+            )
+        if self.precision == "float16" and self.device == "cpu":
+            raise ValueError("precision = float16 needs a GPU; on a CPU use bfloat16 or float32")
+        return self
+
+    def steps_for(self, examples: int) -> int:
+        """T, the number of optimizer steps of a task with so many training examples."""
+        if self.steps is not None:
+            return self.steps
+        batches = math.ceil(examples / self.batch_size)
+        return self.epochs * math.ceil(batches / self.gradient_accumulation)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights that training gives."""
+        return self.model_dump(mode="json", exclude={"checkpoint_seconds", "device", "threads"})

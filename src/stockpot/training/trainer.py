@@ -1,0 +1,377 @@
+"""One task, fine-tuned by ``transformers.Trainer`` with a method's hooks around its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accelerate.optimizer
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from stockpot.errors import NonFiniteError
+from stockpot.files import sha256, space_errors, write_json
+from stockpot.methods.base import Method, TaskRun
+from stockpot.models.learner import check_finite
+from stockpot.streams.data import TaskData
+from stockpot.training.costs import PeakMemory
+from stockpot.training.settings import TrainingSettings
+
+__all__ = ["Trained", "choose_device", "train_task"]
+
+# accelerate asks at every optimizer step whether a package is installed, by searching the path:
+# a tenth of a small model's step. The answer does not change while a process lives.
+accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
+
+_LOG_POINTS = 50
+"""Losses are recorded as means over windows of 1/50 of a task."""
+_MARKER = "stockpot.json"
+"""Written last into a checkpoint: one without it was cut short and is not used."""
+
+
+@dataclass
+class Trained:
+    """What training one task gave, beside the weights, which stay in the model."""
+
+    steps: int
+    seconds: float
+    peak_memory: int
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """(step, mean loss with its penalty over the window that ends there)."""
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto``: a GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def train_task(
+    method: Method,
+    run: TaskRun,
+    data: TaskData,
+    settings: TrainingSettings,
+    scratch: Path,
+    on_step: Callable[[int, float | None], None] = lambda step, loss: None,
+    where: str = "training",
+) -> Trained:
+    """Train ``run.model`` on ``data`` for ``run.total_steps`` optimizer steps.
+
+    Data order and dropout follow from ``run.seed`` alone. A checkpoint in ``scratch`` that an
+    earlier, killed call left is taken up, and the result is the same as without the kill.
+
+    Args:
+        method: its ``before_step`` and ``after_step`` are called around every optimizer step.
+        run: the task as the method sees it; its model is trained in place.
+        data: the training examples.
+        settings: optimizer, batch size and the like.
+        scratch: folder for checkpoints within the task; empty or absent after success.
+        on_step: called with the step and, at the end of a window, its mean loss.
+        where: how errors name this task.
+
+    Raises:
+        NonFiniteError: if the loss or a weight becomes NaN or infinite.
+    """
+    trainer = _TaskTrainer(method, run, data, settings, scratch, on_step, where)
+    memory = PeakMemory(run.device)
+    memory.start()
+    checkpoint = trainer.usable_checkpoint()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    check_finite(run.model, where)
+    shutil.rmtree(scratch, ignore_errors=True)
+    log = trainer.log_of_losses
+    return Trained(run.total_steps, trainer.elapsed(), memory.stop(), log.points)
+
+
+class _LossLog:
+    """Mean losses over windows of steps; survives a resume, to the same numbers."""
+
+    def __init__(self, total_steps: int) -> None:
+        self.window = max(1, math.ceil(total_steps / _LOG_POINTS))
+        self.total = total_steps
+        self.points: list[tuple[int, float]] = []
+        self.pending: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        self.pending.append(loss.detach())
+
+    def close_window(self, step: int) -> float | None:
+        """The mean loss if ``step`` ends a window."""
+        if step % self.window and step != self.total:
+            return None
+        if not self.pending:
+            return None
+        # float64 means do not depend on how the sum was split by a resume.
+        windows = max(1, step - (self.points[-1][0] if self.points else 0))
+        mean = float(torch.stack(self.pending).double().sum()) / windows
+        self.pending = []
+        self.points.append((step, mean))
+        return mean
+
+    def state(self) -> dict[str, Any]:
+        return {"points": self.points, "pending": [float(loss) for loss in self.pending]}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        self.points = [(int(step), float(loss)) for step, loss in state["points"]]
+        self.pending = [torch.tensor(loss, device=device) for loss in state["pending"]]
+
+
+class _ShuffledBatches(Sampler[Tensor]):
+    """Batches of row numbers in an order that follows from the seed and the epoch alone."""
+
+    def __init__(self, examples: int, batch_size: int, seed: int) -> None:
+        self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.drop_last = False
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(self.examples / self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
+        return iter(torch.randperm(self.examples, generator=generator).split(self.batch_size))
+
+
+class _BatchLoader(DataLoader[Any]):
+    """A data loader over data that is fetched a batch at a time."""
+
+    def set_epoch(self, epoch: int) -> None:
+        sampler = self.batch_sampler
+        assert isinstance(sampler, _ShuffledBatches)
+        sampler.set_epoch(epoch)
+
+
+def _as_fetched(batch: Any) -> Any:
+    """A batch is collated by the data set that it came from."""
+    return batch
+
+
+class _TaskTrainer(Trainer):
+    """``transformers.Trainer`` with the method's penalty, in-memory data and exact resume."""
+
+    def __init__(
+        self,
+        method: Method,
+        run: TaskRun,
+        data: TaskData,
+        settings: TrainingSettings,
+        scratch: Path,
+        on_step: Callable[[int, float | None], None],
+        where: str,
+    ) -> None:
+        self.method, self.run, self.settings = method, run, settings
+        self.scratch, self.where, self.on_step = scratch, where, on_step
+        self.log_of_losses = _LossLog(run.total_steps)
+        self._seconds_before = 0.0
+        self._began = time.perf_counter()
+        self._on_cpu = run.device.type == "cpu"
+        super().__init__(
+            model=run.model,
+            args=_arguments(run, settings, scratch),
+            train_dataset=data,  # type: ignore[arg-type]
+            data_collator=_as_fetched,
+            callbacks=[_Hooks(self)],
+        )
+        self.remove_callback(PrinterCallback)
+        # The loss below is a plain mean over the micro-batch, whatever the model's forward accepts.
+        self.model_accepts_loss_kwargs = False
+        self.loss_is_scaled_for_ga = False
+
+    def elapsed(self) -> float:
+        """Seconds of training, those before a kill included."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the settings, over all trainable parameters in one group."""
+        if self.optimizer is None:
+            parameters = [p for p in (model or self.model).parameters() if p.requires_grad]
+            self.optimizer = _optimizer(parameters, self.settings)
+        return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Batches straight from memory."""
+        data: Any = self.train_dataset
+        batches = _ShuffledBatches(len(data), self.settings.batch_size, self.run.seed)
+        loader = _BatchLoader(data, batch_sampler=batches, collate_fn=_as_fetched)
+        if self.accelerator.num_processes == 1:
+            return loader
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Mean cross-entropy over the batch."""
+        learner = self.run.learner
+        output = model(learner.preprocess(inputs["pixel_values"]))
+        logits = learner.select(output, inputs["allowed"])
+        loss = F.cross_entropy(logits.float(), inputs["labels"])
+        return (loss, output) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward; then, before clipping, the method's penalty."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
+            scaler = self.accelerator.scaler
+            self.run.loss_scale = scaler.get_scale() if scaler is not None else 1.0
+            penalty = self.method.before_step(self.run)
+            if penalty is not None:
+                loss = loss + penalty
+        # On a CPU looking costs nothing; on a GPU it would wait, so windows are looked at instead.
+        if self._on_cpu and not math.isfinite(float(loss)):
+            self._refuse_loss(self.state.global_step + 1, float(loss))
+        self.log_of_losses.add(loss)
+        return loss
+
+    def _refuse_loss(self, step: int, loss: float) -> None:
+        raise NonFiniteError(
+            f"{self.where}: the loss is {loss} at step {step} of {self.run.total_steps}. Nothing of "
+            "this task was saved; the tasks before it are intact. Lower training.learning_rate, "
+            "set training.max_grad_norm, or lower the method's strength"
+        )
+
+    def finish_step(self, step: int) -> None:
+        """After the optimizer's step: the method's turn, then the log."""
+        self.method.after_step(self.run, step)
+        loss = self.log_of_losses.close_window(step)
+        if loss is not None and not math.isfinite(loss):
+            self._refuse_loss(step, loss)
+        self.on_step(step, loss)
+
+    # What a small model would pay at every step for numbers that nobody reads.
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return grad_norm
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Not counted."""
+        return 0
+
+    # Checkpoints within a task.
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = self.scratch / f"checkpoint-{self.state.global_step}"
+        with space_errors(folder):
+            super()._save_checkpoint(model, trial)
+            for path in folder.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        files = {path.name: sha256(path) for path in folder.iterdir() if path.name != _MARKER}
+        state = {
+            "files": files,
+            "merges": self.run.merges,
+            "losses": self.log_of_losses.state(),
+            "seconds": self.elapsed(),
+        }
+        write_json(folder / _MARKER, state)
+        for other in self.scratch.glob("checkpoint-*"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+
+    def usable_checkpoint(self) -> Path | None:
+        """The newest complete checkpoint in ``scratch``; its log is taken up."""
+        folders = sorted(
+            self.scratch.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])
+        )
+        for folder in folders:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                state = json.loads((folder / _MARKER).read_text())
+                if all(sha256(folder / name) == digest for name, digest in state["files"].items()):
+                    self.run.merges[:] = state["merges"]
+                    self.log_of_losses.restore(state["losses"], self.run.device)
+                    self._seconds_before = state["seconds"]
+                    return folder
+        return None
+
+
+class _Hooks(TrainerCallback):
+    """Hands the Trainer's events on and asks for a checkpoint when it is time."""
+
+    def __init__(self, trainer: _TaskTrainer) -> None:
+        self._trainer = trainer
+        self._saved = time.monotonic()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        self._trainer.finish_step(state.global_step)
+        interval = self._trainer.settings.checkpoint_seconds
+        if interval is None or state.global_step >= self._trainer.run.total_steps:
+            return
+        if time.monotonic() - self._saved >= interval:
+            self._saved = time.monotonic()
+            control.should_save = True
+
+
+def _optimizer(
+    parameters: list[nn.Parameter], settings: TrainingSettings
+) -> torch.optim.Optimizer:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=rate, momentum=settings.momentum, weight_decay=decay, fused=True
+        )
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=rate, weight_decay=decay, fused=True)
+
+
+def _arguments(run: TaskRun, settings: TrainingSettings, scratch: Path) -> TrainingArguments:
+    schedules = {"constant": "constant", "linear": "linear", "cosine": "cosine"}
+    schedule = schedules[settings.schedule]
+    if settings.warmup and settings.schedule == "constant":
+        schedule = "constant_with_warmup"
+    return TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=run.total_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=schedule,
+        warmup_steps=round(settings.warmup * run.total_steps),
+        max_grad_norm=settings.max_grad_norm or 0.0,
+        bf16=settings.precision == "bfloat16",
+        fp16=settings.precision == "float16",
+        seed=run.seed % 2**32,
+        use_cpu=run.device.type == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        # A NaN loss must be seen, not replaced by the mean of the earlier ones.
+        logging_nan_inf_filter=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to=[],
+    )
