@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -31,4 +32,4 @@ def l2_distance(left: Iterable[Tensor], right: Iterable[Tensor]) -> float:
     for a, b in zip(left, right, strict=True):
         difference = wide(a.detach()) - b.detach().to(a.device)
         total += float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
-    return total**0.5
+    return math.sqrt(total)

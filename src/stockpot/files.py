@@ -12,21 +12,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stockpot.errors import DamagedRecordError, DiskFullError
+from stockpot.errors import DamagedRecordError, DiskFullError, StockpotError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "exclusive",
     "link_or_copy",
     "read_json",
     "read_tensors",
+    "remove_scratch",
     "sha256",
     "space_errors",
     "write_json",
     "write_tensors",
     "write_text",
 ]
+
+
+_FULL_BYTES = 64 * 1024
 
 
 @contextlib.contextmanager
@@ -39,10 +44,18 @@ def space_errors(path: Path) -> Iterator[None]:
             raise
         raise _disk_full(path) from error
     except Exception as error:
-        # safetensors and torch report the same condition as errors of their own kind.
-        if "No space left" not in str(error) and "os error 28" not in str(error):
+        # safetensors and torch report the same condition as errors of their own kinds, torch
+        # without its reason.
+        if "os error 28" not in str(error) and not _is_full(path):
             raise
         raise _disk_full(path) from error
+
+
+def _is_full(path: Path) -> bool:
+    try:
+        return shutil.disk_usage(path.parent).free < _FULL_BYTES
+    except OSError:
+        return False
 
 
 def _disk_full(path: Path) -> DiskFullError:
@@ -50,6 +63,38 @@ def _disk_full(path: Path) -> DiskFullError:
         f"no space left on the disk while writing {path}. Everything finished before is intact; "
         "free some space and run the same command to go on."
     )
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        StockpotError: if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on this system; two runs in one folder are then not noticed
+        yield
+        return
+    path = folder / ".lock"
+    with space_errors(path):
+        file = path.open("a")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise StockpotError(
+                f"another stockpot process is working in {folder}. Wait for it, or choose another "
+                "folder with --output"
+            ) from error
+        yield
+
+
+def remove_scratch(folder: Path) -> None:
+    """Delete what writes that were cut short by a kill left behind."""
+    for path in folder.rglob(".*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -91,15 +136,14 @@ def read_json(path: Path) -> Any:
         raise DamagedRecordError(f"{path} is damaged: {error}") from error
 
 
-def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write named tensors as a safetensors file, atomically."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = None) -> None:
+    """Write named tensors as a safetensors file, atomically: same tensors, same bytes."""
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _replacing(path) as scratch:
-        save_file(plain, str(scratch), metadata=dict(metadata or {}))
+        # One key at most: safetensors writes several in an order that changes from call to call.
+        save_file(plain, str(scratch), metadata=None if about is None else {"stockpot": about})
 
 
 def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:

@@ -141,7 +141,8 @@ class SFA:
         return event
 
     def _distance(self) -> float:
-        assert self._model is not None and self._anchor is not None
+        assert self._model is not None
+        assert self._anchor is not None
         weights = trainable_weights(self._model)
         shared = [name for name in weights if name in self._anchor]
         anchor = self._anchor

@@ -129,9 +129,7 @@ def _as_json(settings: type[BaseModel]) -> dict[str, Any]:
                 "required": info.is_required(),
                 "default": None
                 if info.is_required()
-                else json.loads(
-                    json.dumps(info.get_default(call_default_factory=True))
-                ),
+                else json.loads(json.dumps(info.get_default(call_default_factory=True))),
                 "about": info.description or "",
             }
             for name, info in _fields(settings)

@@ -65,13 +65,15 @@ class BarObserver(Observer):
 
     def run_begins(self, run: Run, finished: int) -> None:
         """A fresh bar of tasks."""
-        assert self._tasks is not None and self._runs is not None
+        assert self._tasks is not None
+        assert self._runs is not None
         self._progress.reset(self._tasks, total=len(run.stages), completed=finished)
         self._progress.update(self._runs, detail=run.id)
 
     def stage_begins(self, run: Run, stage: Stage) -> None:
         """A fresh bar of steps."""
-        assert self._tasks is not None and self._steps is not None
+        assert self._tasks is not None
+        assert self._steps is not None
         names = ", ".join(self._names[task] for task in stage.tasks)
         self._progress.update(self._tasks, detail=names)
         self._progress.reset(self._steps, total=stage.steps, detail="")
@@ -160,7 +162,9 @@ class LineObserver(Observer):
         if self._fresh:
             spent = time.monotonic() - self._began
             left = spent / self._done * (self._total - self._done)
-            self._say(f"[{self._done}/{self._total}] {run.id}  ({spent:.0f} s, about {left:.0f} s left)")
+            self._say(
+                f"[{self._done}/{self._total}] {run.id}  ({spent:.0f} s, about {left:.0f} s left)"
+            )
 
     def run_failed(self, run: Run, error: Exception) -> None:
         """A line per failure."""

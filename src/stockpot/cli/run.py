@@ -40,7 +40,8 @@ def run(
     dry_run: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Print the runs, what they share and the optimizer steps; run nothing."
+            "--dry-run",
+            help="Print the runs, what they share and the optimizer steps; run nothing.",
         ),
     ] = False,
     as_json: Annotated[
@@ -50,8 +51,8 @@ def run(
 ) -> None:
     """Train every method, setting and seed of an experiment over its stream of tasks.
 
-    Every task is scored after every task. The same command goes on where an earlier one was stopped,
-    by Ctrl-C or worse.
+    Every task is scored after every task. The same command goes on where an earlier one was
+    stopped, by Ctrl-C or worse.
     """
     from rich.console import Console
 
@@ -123,7 +124,7 @@ def _dry_run(experiment: Experiment, stream: Stream, as_json: bool) -> None:
 
     plan = make_plan(experiment, stream)
     seen: set[str] = set()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in plan.runs:
         own = sum(stage.steps for stage in run.stages if stage.trained not in seen)
         shared = [stage.tasks for stage in run.stages if stage.trained in seen]
@@ -155,7 +156,10 @@ def _dry_run(experiment: Experiment, stream: Stream, as_json: bool) -> None:
     table.add_column("trained already by an earlier run")
     for row in rows:
         table.add_row(
-            row["run"], f"{row['steps']:,}", f"{row['steps_to_train']:,}", ", ".join(row["shared_tasks"])
+            row["run"],
+            f"{row['steps']:,}",
+            f"{row['steps_to_train']:,}",
+            ", ".join(row["shared_tasks"]),
         )
     console = Console()
     sizes = ", ".join(

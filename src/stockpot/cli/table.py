@@ -15,6 +15,7 @@ from stockpot.report.table import COLUMNS, Column, Group, group_runs, task_colum
 __all__ = ["print_results"]
 
 _MOST_TASKS = 6
+_PAPER = 240
 # What goes first when the terminal is too narrow for everything; the files keep all of it.
 _DISPENSABLE = ("bwt", "peak_memory", "fwt", "forgetting_vs_best", "seconds", "l2_to_anchor")
 
@@ -24,25 +25,18 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
     if not summary:
         return
     console = Console()
+    if not console.is_terminal:
+        console.width = _PAPER  # a file or a pipe has room for everything
     groups = group_runs(summary)
     tasks = summary[0]["tasks"]
     columns: list[Column] = [*(task_columns(tasks) if len(tasks) <= _MOST_TASKS else ()), *COLUMNS]
     left_out = []
-    width = console.width if console.is_terminal else 240
     for key in _DISPENSABLE:
-        if _width(groups, columns) <= width:
+        if _width(console, groups, columns) <= console.width:
             break
         left_out += [column.title for column in columns if column.key == key]
         columns = [column for column in columns if column.key != key]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("method", no_wrap=True)
-    for column in columns:
-        table.add_column(_head(column), justify="right", no_wrap=True)
-    for group in groups:
-        table.add_row(group.label, *(column.text(group) for column in columns))
-    if not console.is_terminal:
-        console.width = max(console.width, _width(groups, columns))
-    console.print(table, highlight=False)
+    console.print(_table(groups, columns), highlight=False)
     seeds = max(len(group.runs) for group in groups)
     notes = [
         f"Mean over {seeds} seeds ± half of a 95 % interval"
@@ -65,9 +59,16 @@ def _head(column: Column) -> str:
     return f"{title}\n{column.unit}" if column.unit else title
 
 
-def _width(groups: Sequence[Group], columns: Sequence[Column]) -> int:
-    total = max(len(group.label) for group in groups) + 1
+def _table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
     for column in columns:
-        cells = [len(column.text(group)) for group in groups]
-        total += max([*cells, *(len(line) for line in _head(column).split("\n"))]) + 2
-    return total
+        table.add_column(_head(column), justify="right", no_wrap=True)
+    for group in groups:
+        table.add_row(group.label, *(column.text(group) for column in columns))
+    return table
+
+
+def _width(console: Console, groups: Sequence[Group], columns: Sequence[Column]) -> int:
+    unlimited = console.options.update(max_width=10 * _PAPER)
+    return console.measure(_table(groups, columns), options=unlimited).maximum

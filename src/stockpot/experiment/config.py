@@ -144,7 +144,11 @@ class _Checker:
             count = len(self.problems)
             head = "1 problem" if count == 1 else f"{count} problems"
             raise ConfigError(f"{head} in {self.file}:\n  " + "\n  ".join(self.problems))
-        assert stream and model and training and evaluation and record
+        assert stream is not None
+        assert model is not None
+        assert training is not None
+        assert evaluation is not None
+        assert record is not None
         return Experiment(
             name=name,
             stream=stream,
@@ -189,15 +193,13 @@ class _Checker:
             self.problem((key,), f"{value!r} is neither a name nor a mapping with a name")
             return None
         name = value.get("name")
-        if name not in choices:
+        if not isinstance(name, str) or name not in choices:
             what = "has no name" if name is None else f"unknown {key} {name!r}"
             self.problem((key,), f"{what}{nearest(str(name), choices)}")
             return None
         return self.section(choices[name], (key,), value)
 
-    def section(
-        self, kind: type[_Settings], at: tuple[Key, ...], value: Any
-    ) -> _Settings | None:
+    def section(self, kind: type[_Settings], at: tuple[Key, ...], value: Any) -> _Settings | None:
         """One flat section, checked by its class."""
         value = {} if value is None else value
         if not isinstance(value, dict):
@@ -293,7 +295,9 @@ def _explain(kind: type[BaseModel], error: Any) -> str:
         key = error["loc"][-1]
         return f"unknown key {key!r}{nearest(str(key), _valid(kind))}"
     if error["type"] == "literal_error":
-        options = [option.strip("' ") for option in limits["expected"].replace(" or ", ", ").split(",")]
+        options = [
+            option.strip("' ") for option in limits["expected"].replace(" or ", ", ").split(",")
+        ]
         return f"{given!r} is not one of {', '.join(options)}{_only_close(str(given), options)}"
     if error["type"] == "missing":
         return "is missing"

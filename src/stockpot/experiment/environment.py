@@ -71,7 +71,5 @@ def _git() -> dict[str, Any] | None:
 
 
 def _run_git(*words: str) -> str:
-    result = subprocess.run(
-        ["git", *words], capture_output=True, text=True, check=True, timeout=10
-    )
+    result = subprocess.run(["git", *words], capture_output=True, text=True, check=True, timeout=10)
     return result.stdout.strip()

@@ -7,18 +7,21 @@ dropped when the folder is opened again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stockpot.errors import ConfigError, DamagedRecordError
 from stockpot.files import (
+    exclusive,
     link_or_copy,
     read_json,
     read_tensors,
+    remove_scratch,
     sha256,
     space_errors,
     write_json,
@@ -49,27 +52,50 @@ class Record:
     # Opening.
 
     def open(self, experiment: Experiment, environment: dict[str, Any]) -> None:
-        """Start the folder, or take it up where an earlier call stopped.
+        """Start the folder, or take it up where an earlier call stopped. Hold the lock meanwhile.
 
         Raises:
             ConfigError: if the folder holds another experiment, or something else altogether.
             DamagedRecordError: if a file of the record cannot be trusted.
         """
         described = self.folder / "experiment.json"
+        remove_scratch(self.folder)
         if described.exists():
             self._check_same(read_json(described), experiment)
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ConfigError(
-                f"{self.folder} is not empty and holds no stockpot record; choose another folder "
-                "with --output"
-            )
+        # First of all: a folder with this file is a record.
+        write_json(described, {"name": experiment.name, **experiment.common()})
         with space_errors(self.folder):
-            self.runs.mkdir(parents=True, exist_ok=True)
+            self.runs.mkdir(exist_ok=True)
         self._drop_leftovers()
         write_json(self.folder / "environment.json", environment)
         write_text(self.folder / "experiment.yaml", experiment.to_yaml())
-        # Last: a folder with this file is a record.
-        write_json(described, {"name": experiment.name, **experiment.common()})
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Make the folder and keep other processes out of it.
+
+        Raises:
+            ConfigError: if it is there and holds something else.
+            StockpotError: if another process is working in it.
+        """
+        described = self.folder / "experiment.json"
+        if self.folder.exists() and not described.exists():
+            strange = [path.name for path in self.folder.iterdir() if path.name[0] != "."]
+            if strange:
+                raise ConfigError(
+                    f"{self.folder} is not empty and holds no stockpot record (it has "
+                    f"{', '.join(sorted(strange)[:3])}); choose another folder with --output"
+                )
+        try:
+            with space_errors(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot make the run folder {self.folder}: {error.strerror}; choose another with "
+                "--output"
+            ) from error
+        with exclusive(self.folder):
+            yield
 
     def _check_same(self, held: dict[str, Any], experiment: Experiment) -> None:
         changes = []
@@ -212,7 +238,7 @@ class Record:
         if same_as is not None:
             link_or_copy(same_as, path)
         else:
-            write_tensors(path, weights, {"run": run, "stage": str(stage)})
+            write_tensors(path, weights, f"{run}, stage {stage}")
         return sha256(path)
 
     def finish_stage(

@@ -87,8 +87,12 @@ class _Runner:
         self.start_seed: int | None = None
 
     def run(self) -> Outcome:
+        with self.record.held():
+            return self._run_all()
+
+    def _run_all(self) -> Outcome:
         self.record.open(self.experiment, describe_environment(self.experiment.seeds))
-        # The trainer collects garbage once a task; what is alive now need not be searched each time.
+        # The trainer collects garbage at every task; what is alive now need not be searched.
         gc.collect()
         gc.freeze()
         self.observer.experiment_begins(self.plan, tuple(t.name for t in self.stream.tasks))
@@ -159,7 +163,7 @@ class _Runner:
         scores = self._scores(stage.deployed)
         names = list(context.learner.module.state_dict())
         shared = [name for name in deployed if name in names and deployed[name].is_floating_point()]
-        line = {
+        line: dict[str, Any] = {
             "run": run.id,
             "stage": stage.number,
             "tasks": [self.stream.tasks[task].name for task in stage.tasks],
@@ -194,7 +198,9 @@ class _Runner:
             stage=stage.number,
             last=stage.number == len(run.stages) - 1,
             tasks=tuple(tasks[task] for task in stage.tasks),
-            past=tuple(tasks[task] for before in run.stages[: stage.number] for task in before.tasks),
+            past=tuple(
+                tasks[task] for before in run.stages[: stage.number] for task in before.tasks
+            ),
             learner=self.learner,
             start=self.start,
             previous=previous,
@@ -208,7 +214,7 @@ class _Runner:
     def _train(
         self, run: Run, method: Method, stage: Stage, context: TaskRun
     ) -> tuple[Trained, bool]:
-        """Leave the trained weights in the model; the second value says if they were trained now."""
+        """Leave the trained weights in the model; also says whether they were trained just now."""
         if self.prefixes.has(stage.trained):
             weights, about = self.prefixes.load(stage.trained)
             context.load(weights)
@@ -259,7 +265,9 @@ class _Runner:
 
     def _score_lines(self, run: Run, stage: Stage, scores: list[Score]) -> list[dict[str, Any]]:
         """The lines of scores.jsonl: this stage's, with those of theta_0 before the first."""
-        rows = [(stage.number, self.stream.tasks[stage.row].name, stage.steps, scores)]
+        rows: list[tuple[int, str | None, int, list[Score]]] = [
+            (stage.number, self.stream.tasks[stage.row].name, stage.steps, scores)
+        ]
         if stage.number == 0:
             rows.insert(0, (-1, None, 0, self._start_scores()))
         return [

@@ -17,8 +17,8 @@ __all__ = ["Penalty"]
 class Penalty(Method):
     """Loss + strength * penalty(theta - theta_o), where theta_o is the previous task's model.
 
-    The gradient is added to the parameters' gradients directly, a few fused operations a step,
-    instead of through autograd.
+    The penalty's gradient is written down, not found by autograd, and worked out on all parameters
+    laid end to end: a handful of operations a step, however many tensors the model has.
     """
 
     curve: ClassVar[str | None] = "strength"
@@ -29,21 +29,32 @@ class Penalty(Method):
     )
 
     _weights: list[Any] = PrivateAttr(default_factory=list)
-    _anchor: list[Any] = PrivateAttr(default_factory=list)
+    _anchor: Any = PrivateAttr(None)
+    """theta_o, all parameters end to end."""
 
     def start_task(self, run: TaskRun) -> None:
         """Go on from the previous task's weights and pull towards them."""
         from stockpot.averaging.weights import trainable_weights
 
         super().start_task(run)
-        weights = trainable_weights(run.model)
-        self._weights = list(weights.values()) if run.stage else []
-        self._anchor = [parameter.detach().clone() for parameter in self._weights]
+        self._weights = list(trainable_weights(run.model).values()) if run.stage else []
+        self._anchor = self._laid_out() if self._weights else None
 
-    def _gradients(self) -> list[Tensor]:
+    def _laid_out(self) -> Tensor:
+        import torch
+
+        return torch.cat([parameter.detach().flatten() for parameter in self._weights])
+
+    def _add_to_gradients(self, pull: Tensor, factor: float) -> None:
+        """``gradient += factor * pull``, for every parameter its stretch of ``pull``."""
         import torch
 
         for parameter in self._weights:
             if parameter.grad is None:  # not reached by the loss, but the penalty reaches it
                 parameter.grad = torch.zeros_like(parameter)
-        return [parameter.grad for parameter in self._weights]
+        stretches = pull.split([parameter.numel() for parameter in self._weights])
+        torch._foreach_add_(
+            [parameter.grad for parameter in self._weights],
+            [s.view_as(p) for s, p in zip(stretches, self._weights, strict=True)],
+            alpha=factor,
+        )

@@ -24,7 +24,7 @@ __all__ = ["Memory", "Method", "TaskRun"]
 
 
 class Memory:
-    """What a method keeps from task to task: named tensors, one safetensors file per stage and name.
+    """What a method keeps from task to task: named tensors in safetensors files, by stage.
 
     A file is tagged with the stage that wrote it and only earlier stages are read, so that a stage
     that was killed in its last moment and is done again finds what it found the first time.

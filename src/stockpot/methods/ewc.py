@@ -37,33 +37,38 @@ class EWC(Penalty):
         2000, ge=1, description="examples of the finished task for its Fisher values; null: all"
     )
 
-    _precision: list[Any] = PrivateAttr(default_factory=list)
+    _precision: Any = PrivateAttr(None)
+    """strength * F, summed over the past tasks, all parameters end to end."""
     _offset: float = PrivateAttr(0.0)
 
     def start_task(self, run: TaskRun) -> None:
         """Load the sum of all past tasks' penalties, itself one quadratic form."""
+        import torch
+
+        from stockpot.averaging.weights import trainable_weights
+
         super().start_task(run)
-        kept = run.memory.load("ewc")
-        self._precision = []
-        if kept is not None:
-            past = _Quadratic.from_tensors(kept, run)
-            self._precision = [self.strength * f for f in past.precision]
-            self._anchor, self._offset = past.centre, self.strength * past.offset
+        past = run.memory.load("ewc")
+        self._precision = None
+        if past is not None:
+            names = list(trainable_weights(run.model))
+            flat = {
+                part: torch.cat([past[f"{part}.{name}"].flatten() for name in names]).to(run.device)
+                for part in ("precision", "centre")
+            }
+            self._precision = self.strength * flat["precision"]
+            self._anchor = flat["centre"]
+            self._offset = self.strength * float(past["offset"])
 
     def before_step(self, run: TaskRun) -> Tensor | None:
         """Add ``strength * F * (theta - centre)`` to the gradient."""
-        import torch
-
-        if not self._precision:
+        if self._precision is None:
             return None
-        with torch.no_grad():
-            difference = torch._foreach_sub(self._weights, self._anchor)
-            pull = torch._foreach_mul(difference, self._precision)
-            torch._foreach_add_(self._gradients(), pull, alpha=run.loss_scale)
-            energy = sum(
-                torch.dot(a.flatten(), b.flatten()) for a, b in zip(pull, difference, strict=True)
-            )
-            return (energy + self._offset) / 2
+        difference = self._laid_out().sub_(self._anchor)
+        pull = self._precision * difference
+        self._add_to_gradients(pull, run.loss_scale)
+        energy: Tensor = pull.dot(difference) + self._offset
+        return energy / 2
 
     def end_task(self, run: TaskRun) -> None:
         """Add this task's Fisher values and weights to the penalty of the tasks to come."""
@@ -78,24 +83,6 @@ class EWC(Penalty):
         weights = {n: p.detach() for n, p in trainable_weights(run.model).items()}
         run.memory.save("ewc", consolidate(run.memory.load("ewc"), fisher, weights))
         run.memory.drop_superseded("ewc")
-
-
-class _Quadratic:
-    """``sum_j precision[j] (theta[j] - centre[j])^2 + offset``, on the model's device."""
-
-    def __init__(self, precision: list[Tensor], centre: list[Tensor], offset: float) -> None:
-        self.precision, self.centre, self.offset = precision, centre, offset
-
-    @classmethod
-    def from_tensors(cls, kept: Mapping[str, Tensor], run: TaskRun) -> _Quadratic:
-        from stockpot.averaging.weights import trainable_weights
-
-        names = list(trainable_weights(run.model))
-        return cls(
-            [kept[f"precision.{name}"].to(run.device) for name in names],
-            [kept[f"centre.{name}"].to(run.device) for name in names],
-            float(kept["offset"]),
-        )
 
 
 def consolidate(
@@ -127,11 +114,11 @@ def consolidate(
             result[f"precision.{name}"], result[f"centre.{name}"] = new, here.clone()
             continue
         old, centre = kept[f"precision.{name}"], kept[f"centre.{name}"]
-        total = old + new
+        summed = old + new
         # Where both are 0 nothing pulls and the centre does not matter.
-        share = torch.where(total > 0, new / total, torch.ones_like(total))
+        share = torch.where(summed > 0, new / summed, torch.ones_like(summed))
         move = here - centre
         offset += (old * share * move.square()).sum(dtype=torch.float64)
-        result[f"precision.{name}"] = total
+        result[f"precision.{name}"] = summed
         result[f"centre.{name}"] = centre + share * move
     return {**result, "offset": offset}

@@ -99,9 +99,9 @@ def _accumulate(
             for name, gradient in per_example.items():
                 # einsum squares and sums without a second copy of the gradients.
                 flat = gradient.float().flatten(1)
-                totals[name] += torch.einsum(
-                    "ni,ni,n->i", flat, flat, weight.to(device)
-                ).view_as(totals[name])
+                totals[name] += torch.einsum("ni,ni,n->i", flat, flat, weight.to(device)).view_as(
+                    totals[name]
+                )
     return {name: total / len(chosen) for name, total in totals.items()}
 
 

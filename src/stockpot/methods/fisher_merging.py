@@ -17,7 +17,10 @@ __all__ = ["FisherMerging"]
 
 
 class FisherMerging(Experts):
-    """sum_i F_i theta_i / sum_i F_i per weight (paper, eq. 15), F_i the Fisher values of expert i."""
+    """sum_i F_i theta_i / sum_i F_i for each weight (paper, eq. 15).
+
+    F_i are the Fisher values of expert i on its own task.
+    """
 
     name: ClassVar[str] = "fisher-merging"
     reference: ClassVar[str] = "Matena & Raffel 2022, arXiv 2111.09832"

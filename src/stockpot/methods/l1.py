@@ -21,15 +21,9 @@ class L1(Penalty):
 
     def before_step(self, run: TaskRun) -> Tensor | None:
         """Add ``strength * sign(theta - theta_o)`` to the gradient (0 where they are equal)."""
-        import torch
-
         if not self._weights:
             return None
-        with torch.no_grad():
-            difference = torch._foreach_sub(self._weights, self._anchor)
-            value = self.strength * sum(d.abs().sum() for d in difference)
-            torch._foreach_sign_(difference)
-            torch._foreach_add_(
-                self._gradients(), difference, alpha=self.strength * run.loss_scale
-            )
-            return value
+        difference = self._laid_out().sub_(self._anchor)
+        value = self.strength * difference.abs().sum()
+        self._add_to_gradients(difference.sign_(), self.strength * run.loss_scale)
+        return value

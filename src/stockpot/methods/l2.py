@@ -21,13 +21,8 @@ class L2(Penalty):
 
     def before_step(self, run: TaskRun) -> Tensor | None:
         """Add ``strength * (theta - theta_o)`` to the gradient."""
-        import torch
-
         if not self._weights:
             return None
-        with torch.no_grad():
-            difference = torch._foreach_sub(self._weights, self._anchor)
-            torch._foreach_add_(
-                self._gradients(), difference, alpha=self.strength * run.loss_scale
-            )
-            return self.strength / 2 * sum(d.square().sum() for d in difference)
+        difference = self._laid_out().sub_(self._anchor)
+        self._add_to_gradients(difference, self.strength * run.loss_scale)
+        return self.strength / 2 * difference.dot(difference)

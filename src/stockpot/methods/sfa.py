@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from stockpot.methods.base import Method, TaskRun
 
 if TYPE_CHECKING:
-    from stockpot.averaging import SFA as Averager
+    from stockpot.averaging.sfa import SFA as SFAverager  # noqa: N811
 
 __all__ = ["SFA"]
 
@@ -42,7 +42,7 @@ class SFA(Method):
         False, description="average on the first task too, with the starting model"
     )
 
-    _averager: Any = PrivateAttr(None)
+    _averager: SFAverager | None = PrivateAttr(None)
 
     @model_validator(mode="after")
     def _p_or_every(self) -> Self:
@@ -54,14 +54,13 @@ class SFA(Method):
 
     def start_task(self, run: TaskRun) -> None:
         """Go on from the previous task's weights, which become the anchor."""
-        from stockpot.averaging import SFA as Averager
-        from stockpot.averaging import Anchor
+        from stockpot import averaging
 
         super().start_task(run)
         self._averager = None
         if run.stage or self.protect_base:
-            anchor = Anchor({name: w.to(run.device) for name, w in run.previous.items()})
-            averager: Averager = Averager(
+            anchor = averaging.Anchor({name: w.to(run.device) for name, w in run.previous.items()})
+            averager = averaging.SFA(
                 p=self.p or 1.0, beta=self.beta, every=self.every, anchor=anchor
             )
             self._averager = averager.attach(run.model, total_steps=run.total_steps)

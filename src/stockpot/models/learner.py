@@ -102,7 +102,8 @@ def _named_weights(module: nn.Module) -> dict[str, Tensor]:
 def copy_weights(module: nn.Module) -> dict[str, Tensor]:
     """A copy of all weights (parameters and persistent buffers) in host memory."""
     return {
-        name: tensor.detach().to("cpu", copy=True) for name, tensor in _named_weights(module).items()
+        name: tensor.detach().to("cpu", copy=True)
+        for name, tensor in _named_weights(module).items()
     }
 
 

@@ -135,9 +135,7 @@ class Factory(ModelSettings):
                 f"model.factory = {self.factory!r} cannot be imported: {error}. The module must be "
                 "on the path (an installed package, or PYTHONPATH=folder)"
             ) from error
-        module = function(
-            image_shape=stream.image_shape, labels=stream.labels, **self.arguments
-        )
+        module = function(image_shape=stream.image_shape, labels=stream.labels, **self.arguments)
         if not isinstance(module, nn.Module):
             raise StockpotError(
                 f"model.factory = {self.factory!r} returned {type(module).__name__}, not a "

@@ -48,7 +48,9 @@ class Curve:
             point = self.points[0].group
             return title(self.method) + point.label.removeprefix(self.method).rstrip()
         named = METHODS[self.method].headline if self.method in METHODS else ()
-        rest = ", ".join(f"{k} {v:g}" for k, v in self.fixed.items() if k in named and v is not None)
+        rest = ", ".join(
+            f"{k} {v:g}" for k, v in self.fixed.items() if k in named and v is not None
+        )
         return f"{title(self.method)} along {self.along}" + (f" ({rest})" if rest else "")
 
 
@@ -91,7 +93,8 @@ def _mean(values: Sequence[float]) -> float:
 def trade_off_plane(groups: Sequence[Group], tasks: Sequence[str], subtitle: str = "") -> Figure:
     """What was kept against what was learned: one curve per method along its setting (Fig. 9)."""
     figure, axes = _figure(8.4, 5.6)
-    many = {curve.method for curve in (all_curves := curves(groups)) if len(curve.points) > 1}
+    all_curves = curves(groups)
+    many = {curve.method for curve in all_curves if len(curve.points) > 1}
     dashes = ("-", "--", ":", "-.")
     drawn: dict[str, int] = {}
     for curve in all_curves:

@@ -90,10 +90,10 @@ class Column:
     digits: int = 1
 
     def text(self, group: Group) -> str:
-        """``81.2 ±2.0``, or a dash where there is no such number."""
+        """``81.2 ±2.0``, or a hyphen where there is no such number."""
         interval = self.value(group)
         if interval is None:
-            return "–"
+            return "-"
         mean = f"{interval.mean * self.scale:.{self.digits}f}"
         if float(mean) == 0:
             mean = mean.lstrip("-")

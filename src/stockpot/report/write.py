@@ -88,7 +88,11 @@ def _page(
         planned=held.get("planned", len(summary)),
         answer=headline(groups),
         figures=[
-            {"title": name, "svg": Markup(_svg(folder / "figures" / f"{file}.svg")), "caption": text}
+            {
+                "title": name,
+                "svg": Markup(_svg(folder / "figures" / f"{file}.svg")),
+                "caption": text,
+            }
             for name, file, text in figures
         ],
         columns=columns,

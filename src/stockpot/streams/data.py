@@ -86,7 +86,7 @@ class ImageData(Dataset[Batch]):
                 digest.update(b"none")
             else:
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().numpy())
+                digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()
 
 
@@ -107,7 +107,7 @@ class Mixture(Dataset[Batch]):
         """The batch of these examples; within it, examples of one part stand together."""
         index = torch.as_tensor(indices)
         owner = torch.searchsorted(self._ends, index, right=True)
-        batches = []
+        batches: list[Batch] = []
         for number in owner.unique().tolist():
             begin = int(self._ends[number - 1]) if number else 0
             batches.append(self.parts[number].__getitems__(index[owner == number] - begin))

@@ -17,6 +17,7 @@ from typing import Any
 import accelerate.optimizer
 import torch
 import torch.nn.functional as F
+from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
@@ -172,6 +173,8 @@ def _as_fetched(batch: Any) -> Any:
 class _TaskTrainer(Trainer):
     """``transformers.Trainer`` with the method's penalty, in-memory data and exact resume."""
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         method: Method,
@@ -191,7 +194,7 @@ class _TaskTrainer(Trainer):
         super().__init__(
             model=run.model,
             args=_arguments(run, settings, scratch),
-            train_dataset=data,  # type: ignore[arg-type]
+            train_dataset=data,
             data_collator=_as_fetched,
             callbacks=[_Hooks(self)],
         )
@@ -214,7 +217,7 @@ class _TaskTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches straight from memory."""
         data: Any = self.train_dataset
-        batches = _ShuffledBatches(len(data), self.settings.batch_size, self.run.seed)
+        batches: Any = _ShuffledBatches(len(data), self.settings.batch_size, self.run.seed)
         loader = _BatchLoader(data, batch_sampler=batches, collate_fn=_as_fetched)
         if self.accelerator.num_processes == 1:
             return loader
@@ -239,7 +242,10 @@ class _TaskTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward; then, before clipping, the method's penalty."""
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.distributed_type == DistributedType.NO:
+            loss = self._forward_backward(model, inputs)
+        else:
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
             scaler = self.accelerator.scaler
             self.run.loss_scale = scaler.get_scale() if scaler is not None else 1.0
@@ -252,11 +258,20 @@ class _TaskTrainer(Trainer):
         self.log_of_losses.add(loss)
         return loss
 
+    def _forward_backward(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """What the base class does, less the questions it asks at every step of any set-up."""
+        if not model.training:
+            model.train()
+        batch = inputs if self._on_cpu else self._prepare_inputs(inputs)
+        loss: Tensor = self.compute_loss(model, batch) / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
     def _refuse_loss(self, step: int, loss: float) -> None:
         raise NonFiniteError(
-            f"{self.where}: the loss is {loss} at step {step} of {self.run.total_steps}. Nothing of "
-            "this task was saved; the tasks before it are intact. Lower training.learning_rate, "
-            "set training.max_grad_norm, or lower the method's strength"
+            f"{self.where}: the loss is {loss} at step {step} of {self.run.total_steps}. "
+            "Nothing of this task was saved; the tasks before it are intact. Lower "
+            "training.learning_rate, set training.max_grad_norm, or lower the method's strength"
         )
 
     def finish_step(self, step: int) -> None:
@@ -336,9 +351,7 @@ class _Hooks(TrainerCallback):
             control.should_save = True
 
 
-def _optimizer(
-    parameters: list[nn.Parameter], settings: TrainingSettings
-) -> torch.optim.Optimizer:
+def _optimizer(parameters: list[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(

@@ -1,0 +1,108 @@
+"""Small experiments, runs of them that end in SIGKILL, and what of a record must be the same."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+TINY = """
+stream: {name: digits, split: pairs, order: [0, 1, 2], train_limit: 48, test_limit: 30}
+model: {name: mlp, hidden: [8]}
+training: {epochs: 2, batch_size: 16, learning_rate: 0.01, threads: 1, device: cpu}
+"""
+STEPS_PER_TASK = 6
+
+
+def write_experiment(folder: Path, methods: str, **sections: str) -> Path:
+    """A tiny experiment's file."""
+    text = TINY + f"methods: {methods}\n"
+    for key, value in sections.items():
+        text += f"{key}: {value}\n"
+    path = folder / "experiment.yaml"
+    path.write_text(text)
+    return path
+
+
+def run_file(path: Path, output: Path, overrides: Sequence[str] = (), **options: Any) -> Any:
+    """Run an experiment file in this process."""
+    from stockpot.experiment import load_experiment, run_experiment
+
+    return run_experiment(load_experiment(path, overrides, output), **options)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _child(path: Path, output: Path, overrides: Sequence[str], die_at: dict[str, int]) -> None:
+    from stockpot.experiment.observer import Observer
+
+    class Assassin(Observer):
+        stage = 0
+
+        def stage_begins(self, run: Any, stage: Any) -> None:
+            self.stage = stage.number
+
+        def step(self, step: int, loss: float | None) -> None:
+            if (self.stage, step) == (die_at.get("stage"), die_at.get("step")):
+                _die()
+
+    if "fsync" in die_at:  # in the middle of writing the record
+        real, left = os.fsync, [die_at["fsync"]]
+
+        def fsync(file: int) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                _die()
+            real(file)
+
+        os.fsync = fsync
+    run_file(path, output, overrides, observer=Assassin())
+
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["stockpot.experiment.runner", "sklearn.datasets"])
+
+
+def run_and_kill(
+    path: Path, output: Path, overrides: Sequence[str] = (), **die_at: int
+) -> None:
+    """Run in a process of its own that is killed by SIGKILL where ``die_at`` says."""
+    child = _context.Process(target=_child, args=(path, output, overrides, die_at))
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL, f"the run was not killed but ended: {child.exitcode}"
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """All of a record that a kill must not change: everything but times, memory and who trained."""
+    volatile = {"seconds", "peak_memory", "trained_here"}
+
+    def steady(value: dict[str, Any]) -> dict[str, Any]:
+        return {key: item for key, item in value.items() if key not in volatile}
+
+    manifests = {
+        str(path.relative_to(folder)): json.loads(path.read_text())
+        for path in sorted(folder.glob("runs/*/manifest.json"))
+    }
+    summary = json.loads((folder / "summary.json").read_text())
+    return {
+        "scores": lines(folder / "scores.jsonl"),
+        "merges": [steady(line) for line in lines(folder / "merges.jsonl")],
+        "stages": [steady(line) for line in lines(folder / "stages.jsonl")],
+        "manifests": manifests,
+        "summary": [{**steady(run), "metrics": steady(run["metrics"])} for run in summary],
+        "files": sorted(
+            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
+        ),
+    }
