@@ -136,14 +136,14 @@ def read_json(path: Path) -> Any:
         raise DamagedRecordError(f"{path} is damaged: {error}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], about: str | None = None) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write named tensors as a safetensors file, atomically: same tensors, same bytes."""
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with _replacing(path) as scratch:
-        # One key at most: safetensors writes several in an order that changes from call to call.
-        save_file(plain, str(scratch), metadata=None if about is None else {"stockpot": about})
+        # No metadata: safetensors writes its keys in an order that changes from call to call.
+        save_file(plain, str(scratch))
 
 
 def read_tensors(path: Path, expected_sha256: str | None = None) -> dict[str, Tensor]:

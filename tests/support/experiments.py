@@ -69,9 +69,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["stockpot.experiment.runner", "sklearn.datasets"])
 
 
-def run_and_kill(
-    path: Path, output: Path, overrides: Sequence[str] = (), **die_at: int
-) -> None:
+def run_and_kill(path: Path, output: Path, overrides: Sequence[str] = (), **die_at: int) -> None:
     """Run in a process of its own that is killed by SIGKILL where ``die_at`` says."""
     child = _context.Process(target=_child, args=(path, output, overrides, die_at))
     child.start()

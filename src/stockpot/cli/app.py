@@ -65,9 +65,3 @@ def main() -> None:
     except StockpotError as error:
         complain(str(error))
         sys.exit(1)
-    except KeyboardInterrupt:
-        complain(
-            "stopped. Everything finished is kept: the same command goes on from there.",
-            head="stockpot",
-        )
-        sys.exit(130)

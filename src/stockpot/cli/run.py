@@ -54,11 +54,21 @@ def run(
     Every task is scored after every task. The same command goes on where an earlier one was
     stopped, by Ctrl-C or worse.
     """
-    from rich.console import Console
-
     from stockpot.experiment import load_experiment
 
     checked = load_experiment(experiment, overrides or [], output)
+    try:
+        _load_and_run(checked, dry_run, as_json, quiet)
+    except KeyboardInterrupt:
+        from stockpot.cli.output import complain
+
+        complain("Everything finished is kept: the same command goes on from there.", "stopped")
+        raise typer.Exit(130) from None
+
+
+def _load_and_run(checked: Experiment, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    from rich.console import Console
+
     console = Console(stderr=True, quiet=quiet)
     with console.status("loading PyTorch and Transformers"):
         _quiet_libraries()

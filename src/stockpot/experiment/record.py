@@ -238,7 +238,7 @@ class Record:
         if same_as is not None:
             link_or_copy(same_as, path)
         else:
-            write_tensors(path, weights, f"{run}, stage {stage}")
+            write_tensors(path, weights)
         return sha256(path)
 
     def finish_stage(

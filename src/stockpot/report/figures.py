@@ -28,8 +28,6 @@ class Point:
     group: Group
     new: Interval
     old: Interval
-    at: Any
-    """The value of the setting that its curve runs along."""
 
 
 @dataclass(frozen=True)
@@ -55,35 +53,56 @@ class Curve:
 
 
 def curves(groups: Sequence[Group]) -> list[Curve]:
-    """Every method's points, joined along the setting that the method names as its curve.
+    """Every method's points, joined along its settings; points on no curve stand alone.
 
     The plane has the last task's final score across and the mean final score of the tasks before it
-    upwards; for two tasks, task B and task A as in the paper.
+    upwards; for two tasks, task B and task A as in the paper. A method's first curves run along the
+    setting that it names for that; points that those do not reach are joined along its others.
     """
-    found: dict[str, tuple[str, str | None, dict[str, Any], list[Point]]] = {}
-    for group in groups:
-        along = _along(group)
-        fixed = {k: v for k, v in group.settings.items() if k != along}
-        new = Interval.of([run["R"][-1][-1] for run in group.runs])
-        old = Interval.of([_mean(run["R"][-1][:-1] or run["R"][-1]) for run in group.runs])
-        if new is None or old is None:
-            continue
-        key = f"{group.method} {along} {sorted(fixed.items(), key=str)}"
-        entry = found.setdefault(key, (group.method, along, fixed, []))
-        entry[3].append(Point(group, new, old, None if along is None else group.settings[along]))
-    return [
-        Curve(method, along, fixed, tuple(sorted(points, key=lambda p: (p.at is None, p.at or 0))))
-        for method, along, fixed, points in found.values()
-    ]
+    points = [point for group in groups if (point := _point(group)) is not None]
+    found: list[Curve] = []
+    for method in dict.fromkeys(point.group.method for point in points):
+        own = [point for point in points if point.group.method == method]
+        left = list(own)
+        for along in _axes_of(method):
+            for curve in _joined(own, along):
+                if any(point in left for point in curve.points):
+                    found.append(curve)
+                    left = [point for point in left if point not in curve.points]
+        found += [Curve(method, None, point.group.settings, (point,)) for point in left]
+    return found
 
 
-def _along(group: Group) -> str | None:
-    if group.method not in METHODS:
-        return None
-    along = METHODS[group.method].curve
-    if along == "p" and group.settings.get("p") is None:
-        return "every"
-    return along
+def _point(group: Group) -> Point | None:
+    new = Interval.of([run["R"][-1][-1] for run in group.runs])
+    old = Interval.of([_mean(run["R"][-1][:-1] or run["R"][-1]) for run in group.runs])
+    return None if new is None or old is None else Point(group, new, old)
+
+
+def _axes_of(method: str) -> tuple[str, ...]:
+    """The settings that curves may run along, the method's own choice first."""
+    if method not in METHODS:
+        return ()
+    kind = METHODS[method]
+    return tuple(dict.fromkeys([*([kind.curve] if kind.curve else []), *kind.headline]))
+
+
+def _joined(points: Sequence[Point], along: str) -> list[Curve]:
+    """The points that differ in nothing but ``along``, two or more of them."""
+    bundles: dict[str, list[Point]] = {}
+    for point in points:
+        settings = point.group.settings
+        if settings.get(along) is not None:
+            fixed = sorted((k, str(v)) for k, v in settings.items() if k != along)
+            bundles.setdefault(str(fixed), []).append(point)
+    result = []
+    for bundle in bundles.values():
+        if len(bundle) > 1:
+            bundle.sort(key=lambda point: float(point.group.settings[along]))
+            settings = bundle[0].group.settings
+            fixed_settings = {k: v for k, v in settings.items() if k != along}
+            result.append(Curve(bundle[0].group.method, along, fixed_settings, tuple(bundle)))
+    return result
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -92,7 +111,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def trade_off_plane(groups: Sequence[Group], tasks: Sequence[str], subtitle: str = "") -> Figure:
     """What was kept against what was learned: one curve per method along its setting (Fig. 9)."""
-    figure, axes = _figure(8.4, 5.6)
+    figure, grid = _figure(8.4, 5.6)
+    axes = grid[0, 0]
     all_curves = curves(groups)
     many = {curve.method for curve in all_curves if len(curve.points) > 1}
     dashes = ("-", "--", ":", "-.")
@@ -133,10 +153,10 @@ def _draw(axes: Axes, curve: Curve, line: str, in_front: bool) -> None:
         label=curve.label,
         zorder=4 if in_front else 3,
     )
-    if len(curve.points) > 1:
+    if curve.along is not None:
         for point, px, py in zip(curve.points, x, y, strict=True):
             axes.annotate(
-                f"{point.at:g}",
+                f"{point.group.settings[curve.along]:g}",
                 (px, py),
                 textcoords="offset points",
                 xytext=(5, 4),
@@ -155,8 +175,8 @@ def accuracy_matrices(groups: Sequence[Group], tasks: Sequence[str]) -> Figure:
             best[group.method] = group
     columns = min(4, len(best))
     rows = -(-len(best) // columns)
-    side = max(1.9, min(4.2, 0.32 * len(tasks) + 1.2))
-    figure, grid = _figure(side * columns + 1.6, (side + 0.75) * rows + 0.5, rows, columns)
+    side = max(1.6, min(4.2, 0.36 * len(tasks) + 0.9))
+    figure, grid = _figure(side * columns + 1.6, (side + 0.45) * rows + 0.6, rows, columns)
     panels = list(grid.flat)
     image = None
     for axes, group in zip(panels, best.values(), strict=False):
@@ -191,7 +211,14 @@ def _heat_map(axes: Axes, group: Group, tasks: Sequence[str]) -> Any:
             if not np.isnan(value):
                 ink = "white" if value < 60 else "black"
                 axes.text(i, t, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
-        axes.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right", fontsize=7)
+        upright = len(tasks) <= 3
+        axes.set_xticks(
+            range(len(tasks)),
+            tasks,
+            rotation=0 if upright else 45,
+            ha="center" if upright else "right",
+            fontsize=7,
+        )
         axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
     else:
         axes.tick_params(labelsize=6)
@@ -199,14 +226,14 @@ def _heat_map(axes: Axes, group: Group, tasks: Sequence[str]) -> Any:
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure and its axes, an array (rows, columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # Without pyplot: no window system, no global state, nothing to close.
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    single = rows == columns == 1
-    return figure, figure.subplots(rows, columns, squeeze=single)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(figure: Figure, folder: Path, name: str) -> list[Path]:
