@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 
 from stockpot.errors import StockpotError
@@ -35,16 +36,18 @@ def load_image_classifier(
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, num_labels=labels)
         if pretrained:
-            module = AutoModelForImageClassification.from_pretrained(
+            module, loaded = AutoModelForImageClassification.from_pretrained(
                 source,
                 revision=revision,
                 config=config,
                 dtype=torch.float32,
                 ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
+            _check_body(source, module, loaded)
         else:
             module = AutoModelForImageClassification.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise StockpotError(
             f"cannot load the model {source!r}: {line}. Without a network, give a local folder "
@@ -53,6 +56,19 @@ def load_image_classifier(
     finally:
         logging.set_verbosity(verbosity)
     return Learner(module, partial(_preprocess, **_processing(source, revision, config)))
+
+
+def _check_body(source: str, module: Any, loaded: dict[str, Any]) -> None:
+    """Only the head may be fresh: a body that did not load would be trained from noise."""
+    prefix = f"{module.base_model_prefix}."
+    fresh = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
+    body = sorted(name for name in fresh if name.startswith(prefix))
+    if body:
+        raise StockpotError(
+            f"the checkpoint {source!r} lacks weights of its body, or has them in another shape "
+            f"({', '.join(body[:3])}{' and more' if len(body) > 3 else ''}); it is damaged or of "
+            "another architecture than its config.json says"
+        )
 
 
 def _processing(source: str, revision: str | None, config: Any) -> dict[str, Any]:
