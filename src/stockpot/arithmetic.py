@@ -19,10 +19,15 @@ def wide(tensor: Tensor) -> Tensor:
 def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
     """``(1 - weight) * start + weight * end`` in ``start``'s dtype, rounded once.
 
-    ``torch.lerp`` is exact at both ends: weight 0 gives ``start`` and 1 gives ``end``, bit for bit.
+    Weight 0 gives ``start`` and 1 gives ``end``, bit for bit (if ``end`` has the same dtype).
     """
-    # Both sides must have one dtype for torch.lerp.
+    # torch.lerp is exact at its ends but for the sign of zero and differences that overflow.
+    if weight == 0.0:
+        return start.clone()
+    if weight == 1.0:
+        return end.to(start.dtype, copy=True)
     left = wide(start)
+    # Both sides must have one dtype for torch.lerp.
     return torch.lerp(left, end.to(left.dtype), weight).to(start.dtype)
 
 

@@ -17,15 +17,21 @@ import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NoReturn, TypeAlias
 
 import torch
 
+from stockpot.arithmetic import lerp
+from stockpot.merging._validation import (
+    Weights,
+    check_number,
+    is_finite,
+    refuse,
+    validate,
+    validate_fishers,
+)
+
 __all__ = ["Weights", "fisher", "linear", "task_arithmetic", "ties", "wise_ft"]
 
-Weights: TypeAlias = Mapping[str, torch.Tensor]
-
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Dividing by a sum of weights that cancel to less than this share of their size multiplies the
 # rounding error of float32 until nothing is left of the mean.
 _SMALLEST_TOTAL = 1e-6
@@ -55,11 +61,11 @@ def linear(
     Raises:
         ValueError: see the module; also if `normalize` and the weights sum to (almost) 0.
     """
-    shares = _validate(models, weights=weights)
+    shares = validate(models, weights=weights)
     if normalize:
         total = math.fsum(shares)
         if abs(total) <= _SMALLEST_TOTAL * math.fsum(map(abs, shares)):
-            _refuse("weights", f"{shares} sum to {total:g}", "normalize needs a sum away from 0")
+            refuse("weights", f"{shares} sum to {total:g}", "normalize needs a sum away from 0")
         shares = [share / total for share in shares]
 
     def mean(name: str) -> torch.Tensor:
@@ -93,18 +99,12 @@ def wise_ft(base: Weights, model: Weights, beta: float) -> dict[str, torch.Tenso
         ValueError: see the module; also if `beta` is outside [0, 1].
     """
     if not 0.0 <= beta <= 1.0:
-        _refuse("beta", f"{beta} is outside [0, 1]", "it is the share of the base")
-    _validate([model], base=base, label="model")
+        refuse("beta", f"{beta} is outside [0, 1]", "it is the share of the base")
+    validate([model], base=base, label="model")
 
     def interpolate(name: str) -> torch.Tensor:
         start, end = _widened([base[name], model[name]])
-        # torch.lerp is exact at its ends but for the sign of zero, and but for differences that
-        # overflow (infinity * 0).
-        if beta == 0.0:
-            return end
-        if beta == 1.0:
-            return start
-        return torch.lerp(end, start, beta)
+        return lerp(end, start, beta)
 
     return _merge(interpolate, like=base, last=model)
 
@@ -134,8 +134,8 @@ def task_arithmetic(
     Raises:
         ValueError: see the module; also if `scale` is not finite.
     """
-    _check_number("scale", scale)
-    shares = _validate(models, base=base, weights=weights)
+    check_number("scale", scale)
+    shares = validate(models, base=base, weights=weights)
 
     def add_task_vectors(name: str) -> torch.Tensor:
         thetas = _widened([base[name], *(model[name] for model in models)])
@@ -189,9 +189,9 @@ def ties(
         ValueError: see the module; also if `density` is outside (0, 1] or `scale` is not finite.
     """
     if not 0.0 < density <= 1.0:
-        _refuse("density", f"{density} is outside (0, 1]", "20 % is written 0.2")
-    _check_number("scale", scale)
-    _validate(models, base=base)
+        refuse("density", f"{density} is outside (0, 1]", "20 % is written 0.2")
+    check_number("scale", scale)
+    validate(models, base=base)
     sizes = {name: tensor.numel() for name, tensor in base.items() if tensor.is_floating_point()}
     # A threshold compares magnitudes across tensors, so that one dtype serves the whole model.
     dtype = _accumulation_dtype(tensor for model in [base, *models] for tensor in model.values())
@@ -242,13 +242,13 @@ def fisher(
         ValueError: see the module; also if Fisher values are missing or negative, if `weights` are
             negative or all 0, if `floor` is negative, or if it is 0 where all Fisher values are.
     """
-    _check_number("floor", floor)
+    check_number("floor", floor)
     if floor < 0.0:
-        _refuse("floor", f"{floor} is negative", "it is 0 or a small number such as 1e-6")
-    shares = _validate(models, weights=weights)
+        refuse("floor", f"{floor} is negative", "it is 0 or a small number such as 1e-6")
+    shares = validate(models, weights=weights)
     if min(shares) < 0.0 or max(shares) == 0.0:
-        _refuse("weights", f"{shares} are negative or all 0", "give each model a share above 0")
-    _validate_fishers(fishers, models)
+        refuse("weights", f"{shares} are negative or all 0", "give each model a share above 0")
+    validate_fishers(fishers, models)
     if normalize:
         names = [name for name, tensor in models[0].items() if tensor.is_floating_point()]
         norms = [_norm(values, names, f"fishers[{i}]") for i, values in enumerate(fishers)]
@@ -264,7 +264,7 @@ def fisher(
             numerator = numerator + weight * theta
             denominator = denominator + weight
         if not denominator.all():
-            _refuse(f"tensor {name!r}", "all Fisher values of a coordinate are 0", "raise floor")
+            refuse(f"tensor {name!r}", "all Fisher values of a coordinate are 0", "raise floor")
         return numerator / denominator
 
     return _merge(weighted_mean, like=models[0], last=models[-1])
@@ -281,8 +281,8 @@ def _merge(
             continue
         # A copy even where the dtype stays: a rule may return one of its inputs.
         result = rule(name).to(reference.dtype, copy=True)
-        if not _is_finite(result):
-            _refuse(
+        if not is_finite(result):
+            refuse(
                 f"tensor {name!r}",
                 f"the merged values overflow {reference.dtype}",
                 "lower the scale or the weights, or merge in a wider dtype",
@@ -400,134 +400,5 @@ def _norm(values: Weights, names: Sequence[str], label: str) -> float:
         *(float(torch.linalg.vector_norm(values[name], dtype=torch.float64)) for name in names)
     )
     if norm == 0.0:
-        _refuse(label, "all values are 0, so that it has no norm", "pass normalize=False")
+        refuse(label, "all values are 0, so that it has no norm", "pass normalize=False")
     return norm
-
-
-def _validate(
-    models: Sequence[Weights],
-    *,
-    base: Weights | None = None,
-    weights: Sequence[float] | None = None,
-    label: str = "models[{}]",
-) -> list[float]:
-    """Refuse models that cannot be merged, and return one weight per model.
-
-    What can be told without reading values (names, shapes, kinds) is checked first, for all models.
-    """
-    if isinstance(models, Mapping):
-        _refuse("models", "is one mapping", "pass a list of models")
-    if len(models) == 0:
-        _refuse("models", "is empty", "pass at least one model")
-    labelled = {} if base is None else {"base": base}
-    labelled.update({label.format(i): model for i, model in enumerate(models)})
-    for each, model in labelled.items():
-        if not model:
-            _refuse(each, "holds no tensors", "pass a mapping from names to tensors")
-        _check_kinds(each, model)
-    reference_label, reference = next(iter(labelled.items()))
-    for each, model in labelled.items():
-        _check_same_layout(each, model, reference_label, reference)
-    for each, model in labelled.items():
-        _check_finite(each, model)
-
-    shares = [1.0] * len(models) if weights is None else [float(weight) for weight in weights]
-    if len(shares) != len(models):
-        _refuse("weights", f"has {len(shares)} numbers for {len(models)} models", "one per model")
-    for i, share in enumerate(shares):
-        _check_number(f"weights[{i}]", share)
-    return shares
-
-
-def _validate_fishers(fishers: Sequence[Weights], models: Sequence[Weights]) -> None:
-    """Refuse Fisher information that does not fit the models, whose own checks have passed."""
-    if isinstance(fishers, Mapping) or len(fishers) != len(models):
-        count = "is one mapping" if isinstance(fishers, Mapping) else f"has {len(fishers)} entries"
-        _refuse("fishers", f"{count} for {len(models)} models", "one mapping per model, as a list")
-    needed = {name: tensor for name, tensor in models[0].items() if tensor.is_floating_point()}
-    for i, values in enumerate(fishers):
-        label = f"fishers[{i}]"
-        # Values for counters and the like mean nothing, and harm nothing.
-        ignored = models[0].keys() - needed.keys()
-        relevant = {name: values[name] for name in values if name not in ignored}
-        _check_kinds(label, relevant)
-        _check_same_layout(label, relevant, "the floating tensors of models[0]", needed)
-        _check_finite(label, relevant)
-        for name, tensor in relevant.items():
-            if tensor.numel() and bool(tensor.min() < 0):
-                _refuse(
-                    f"{label}: tensor {name!r}",
-                    "holds negative values",
-                    "Fisher information is a mean of squares",
-                )
-
-
-def _check_kinds(label: str, model: Weights) -> None:
-    """Refuse what is no tensor, and tensors of a kind that has no mean."""
-    for name, tensor in model.items():
-        if not isinstance(tensor, torch.Tensor):
-            _refuse(f"{label}: {name!r}", f"is a {type(tensor).__name__}", "pass tensors only")
-        # float8 holds the codes of quantised weights, whose scales are elsewhere.
-        inexact = tensor.is_floating_point() or tensor.is_complex()
-        if inexact and tensor.dtype not in _FLOATING:
-            _refuse(
-                f"{label}: tensor {name!r}",
-                f"has the dtype {tensor.dtype}",
-                "convert it to float64, float32, bfloat16 or float16 first",
-            )
-
-
-def _check_same_layout(
-    label: str, model: Weights, reference_label: str, reference: Weights
-) -> None:
-    """Refuse names, shapes and kinds of tensors that differ from those of the reference."""
-    remedy = "merge models of one architecture, saved under the same names"
-    if missing := [name for name in reference if name not in model]:
-        _refuse(label, f"lacks {_listed(missing)}, present in {reference_label}", remedy)
-    if extra := [name for name in model if name not in reference]:
-        _refuse(label, f"has {_listed(extra)}, absent from {reference_label}", remedy)
-    for name, expected in reference.items():
-        tensor = model[name]
-        subject = f"{label}: tensor {name!r}"
-        if tensor.shape != expected.shape:
-            shapes = f"{tuple(tensor.shape)} instead of {tuple(expected.shape)}"
-            _refuse(subject, f"has the shape {shapes} as in {reference_label}", remedy)
-        if tensor.is_floating_point() != expected.is_floating_point():
-            kinds = f"is {tensor.dtype}, but {expected.dtype} in {reference_label}"
-            _refuse(subject, kinds, "both must be floating, or neither")
-
-
-def _check_finite(label: str, model: Weights) -> None:
-    """Refuse NaN and infinity, naming the tensor."""
-    for name, tensor in model.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
-            _refuse(
-                f"{label}: tensor {name!r}",
-                "holds NaN or infinity",
-                "merge models whose training did not diverge",
-            )
-
-
-def _check_number(label: str, value: float) -> None:
-    """Refuse a factor that is NaN or infinite, or would be in float32."""
-    if not abs(value) <= torch.finfo(torch.float32).max:
-        _refuse(label, f"is {value}", "give a number that is finite in float32")
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a floating tensor holds neither NaN nor infinity."""
-    if tensor.numel() == 0:
-        return True
-    # Unlike torch.isfinite, this needs no memory; aminmax propagates NaN.
-    return all(math.isfinite(bound) for bound in torch.aminmax(tensor.detach()))
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first names, quoted, and how many more there are."""
-    listed = ", ".join(repr(name) for name in names[:3])
-    return listed if len(names) <= 3 else f"{listed} and {len(names) - 3} more"
-
-
-def _refuse(subject: str, reason: str, remedy: str) -> NoReturn:
-    """Raise the one kind of error of this module: what, why, and what would be right."""
-    raise ValueError(f"{subject}: {reason}; {remedy}")

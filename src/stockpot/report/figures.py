@@ -113,26 +113,31 @@ def trade_off_plane(groups: Sequence[Group], tasks: Sequence[str], subtitle: str
     """What was kept against what was learned: one curve per method along its setting (Fig. 9)."""
     figure, grid = _figure(8.4, 5.6)
     axes = grid[0, 0]
-    all_curves = curves(groups)
-    many = {curve.method for curve in all_curves if len(curve.points) > 1}
     dashes = ("-", "--", ":", "-.")
     drawn: dict[str, int] = {}
-    for curve in all_curves:
-        line = "none" if len(curve.points) == 1 else dashes[drawn.get(curve.method, 0) % 4]
-        drawn[curve.method] = drawn.get(curve.method, 0) + (len(curve.points) > 1)
-        _draw(axes, curve, line, in_front=curve.method in many or curve.method == "multitask")
+    labelled: set[str] = set()
+    for curve in curves(groups):
+        line = "none" if curve.along is None else dashes[drawn.get(curve.method, 0) % 4]
+        drawn[curve.method] = drawn.get(curve.method, 0) + (curve.along is not None)
+        _draw(axes, curve, line)
+        _label_points(axes, curve, labelled)
     earlier = tasks[0] if len(tasks) == 2 else f"mean of the {len(tasks) - 1} earlier tasks"
     axes.set_xlabel(f"accuracy on the last task, {tasks[-1]} (%)")
     axes.set_ylabel(f"accuracy on {earlier} (%)" if len(tasks) > 1 else "accuracy (%)")
     axes.set_title(f"Kept against learned{subtitle}", loc="left", fontsize=11)
     axes.grid(alpha=0.25, linewidth=0.6)
+    # Intervals may reach where no accuracy can be; the axes need not.
+    left, right = axes.get_xlim()
+    low, high = axes.get_ylim()
+    axes.set_xlim(max(left, -2), min(right, 102))
+    axes.set_ylim(max(low, -2), min(high, 102))
     axes.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8, labelspacing=0.7
     )
     return figure
 
 
-def _draw(axes: Axes, curve: Curve, line: str, in_front: bool) -> None:
+def _draw(axes: Axes, curve: Curve, line: str) -> None:
     x = [point.new.mean * 100 for point in curve.points]
     y = [point.old.mean * 100 for point in curve.points]
     width = [(point.new.half_width or 0) * 100 for point in curve.points]
@@ -151,17 +156,24 @@ def _draw(axes: Axes, curve: Curve, line: str, in_front: bool) -> None:
         markeredgecolor="white",
         markeredgewidth=0.7,
         label=curve.label,
-        zorder=4 if in_front else 3,
+        zorder=4 if star else 3,
     )
-    if curve.along is not None:
-        for point, px, py in zip(curve.points, x, y, strict=True):
+
+
+def _label_points(axes: Axes, curve: Curve, labelled: set[str]) -> None:
+    """The setting's value at every point of a curve; a point on two curves has its first's."""
+    if curve.along is None:
+        return
+    for point in curve.points:
+        if point.group.label not in labelled:
+            labelled.add(point.group.label)
             axes.annotate(
                 f"{point.group.settings[curve.along]:g}",
-                (px, py),
+                (point.new.mean * 100, point.old.mean * 100),
                 textcoords="offset points",
                 xytext=(5, 4),
                 fontsize=6.5,
-                color=shade,
+                color=colour(curve.method),
                 zorder=5,
             )
 

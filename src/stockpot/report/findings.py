@@ -23,7 +23,10 @@ def headline(groups: Sequence[Group]) -> str:
     if not free:
         return ""
     best_score, best = free[0]
-    first = f"Without old data, {_name(best)} keeps most: average accuracy {_percent(best_score)}"
+    first = (
+        f"Without old data, {_name(best)} does best on average over the tasks: "
+        f"{_percent(best_score)}"
+    )
     sequential = next((pair for pair in ranked if pair[1].method == "sequential"), None)
     if sequential and best.method != "sequential":
         first += f", against {_percent(sequential[0])} for sequential fine-tuning"
@@ -39,6 +42,8 @@ def headline(groups: Sequence[Group]) -> str:
         second += "; the intervals do not overlap."
     else:
         second += "; the intervals overlap, so this does not say which of the two is better."
+    if len(free) > len({group.method for _, group in free}):
+        second += " Settings were picked on these same scores."
     return first + second
 
 
