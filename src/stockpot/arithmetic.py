@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["l2_distance", "lerp", "wide"]
+__all__ = ["is_finite", "l2_distance", "lerp", "wide"]
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -27,8 +27,19 @@ def lerp(start: Tensor, end: Tensor, weight: float) -> Tensor:
     if weight == 1.0:
         return end.to(start.dtype, copy=True)
     left = wide(start)
-    # Both sides must have one dtype for torch.lerp.
-    return torch.lerp(left, end.to(left.dtype), weight).to(start.dtype)
+    right = end.to(left.dtype)  # torch.lerp needs one dtype
+    middle = torch.lerp(left, right, weight)
+    if not is_finite(middle):  # it takes end - start, which may overflow where the mean does not
+        middle = (1.0 - weight) * left + weight * right
+    return middle.to(start.dtype)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a floating tensor holds neither NaN nor infinity."""
+    if tensor.numel() == 0:
+        return True
+    # Unlike torch.isfinite, this needs no memory; aminmax propagates NaN.
+    return all(math.isfinite(bound) for bound in torch.aminmax(tensor.detach()))
 
 
 def l2_distance(left: Iterable[Tensor], right: Iterable[Tensor]) -> float:

@@ -11,9 +11,10 @@ from stockpot.methods import METHODS
 from support.experiments import STEPS_PER_TASK, lines, record_of, run_file, write_experiment
 
 ALL = (
-    "[sequential, multitask, {name: rehearsal, fraction: [0.05, 0.2]}, {name: l2, strength: [1, 2]},"
-    " l1, {name: ewc, samples: 10}, {name: sfa, p: [0.5, 1], beta: 0.5}, {name: wise-ft, beta: "
-    "[0.2, 0.5]}, {name: task-arithmetic, scale: [0.3, 1]}, ties, {name: fisher-merging, samples: 9}]"
+    "[sequential, multitask, {name: rehearsal, fraction: [0.05, 0.2]}, l1, ties, "
+    "{name: l2, strength: [1, 2]}, {name: ewc, samples: 10}, {name: sfa, p: [0.5, 1], beta: 0.5}, "
+    "{name: wise-ft, beta: [0.2, 0.5]}, {name: task-arithmetic, scale: [0.3, 1]}, "
+    "{name: fisher-merging, samples: 9}]"
 )
 
 

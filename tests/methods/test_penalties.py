@@ -110,7 +110,7 @@ def written_out(module: nn.Module, energy: Energy) -> tuple[float, Weights]:
         torch.zeros_like(p) if g is None else g
         for p, g in zip(weights.values(), gradients, strict=True)
     ]
-    return float(penalty), dict(zip(weights, filled, strict=True))
+    return penalty.item(), dict(zip(weights, filled, strict=True))
 
 
 def through_the_hook(method: Penalty, run: TaskRun) -> tuple[float, Weights]:
@@ -137,8 +137,10 @@ def assert_agree(
 ) -> None:
     assert ours[0] == pytest.approx(oracle[0], rel=rtol, abs=1e-14)
     assert ours[1].keys() == oracle[1].keys()
+    largest = max(float(gradient.abs().max()) for gradient in oracle[1].values())
     for name, gradient in ours[1].items():
-        torch.testing.assert_close(gradient, oracle[1][name], rtol=rtol, atol=rtol, msg=name)
+        atol = rtol * max(largest, 1e-3)
+        torch.testing.assert_close(gradient, oracle[1][name], rtol=rtol, atol=atol, msg=name)
 
 
 # L1 and L2.
@@ -159,7 +161,9 @@ both = pytest.mark.parametrize("kind", [L1, L2])
 @both
 @strengths
 @pytest.mark.parametrize("seed", range(3))
-def test_value_and_gradient(kind: type[Penalty], strength: float, seed: int, tmp_path: Path) -> None:
+def test_value_and_gradient(
+    kind: type[Penalty], strength: float, seed: int, tmp_path: Path
+) -> None:
     anchor = copy_weights(model(seed=10 + seed))
     run = task_run(model(seed), tmp_path, previous=anchor)
     method = kind(strength=strength)
@@ -363,7 +367,9 @@ def test_ewc_over_a_stream_of_tasks(strength: float, tmp_path: Path) -> None:
             assert_agree(through_the_hook(method, run), oracle, rtol=2e-6)
         past.append((slow_fisher(module, run.tasks[0]), copy_weights(module)))
         method.end_task(run)
-    assert [path.name for path in tmp_path.iterdir()] == ["ewc-0002.safetensors"]
+    # The last two: one to go on from, one in case stage 2 was killed and is done again.
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["ewc-0001.safetensors", "ewc-0002.safetensors"]
 
 
 @quick
@@ -399,9 +405,7 @@ fishers = st.one_of(st.just(0.0), st.floats(1e-6, 1e3))
 
 @quick
 @given(
-    st.lists(
-        st.lists(st.tuples(fishers, numbers), min_size=3, max_size=3), min_size=1, max_size=6
-    ),
+    st.lists(st.lists(st.tuples(fishers, numbers), min_size=3, max_size=3), min_size=1, max_size=6),
     st.lists(numbers, min_size=3, max_size=3),
 )
 def test_consolidate_is_the_explicit_sum_over_tasks(
@@ -426,13 +430,13 @@ def test_consolidate_is_the_explicit_sum_over_tasks(
         here = torch.tensor(at, dtype=torch.float64).reshape(kept[f"centre.{name}"].shape)
         energy += float((kept[f"precision.{name}"] * (here - kept[f"centre.{name}"]) ** 2).sum())
     explicit = sum(f * (theta[j] - w) ** 2 for one in tasks for j, (f, w) in enumerate(one))
-    size = sum(f * (abs(theta[j]) + abs(w)) ** 2 for one in tasks for j, (f, w) in enumerate(one))
-    assert energy == pytest.approx(explicit, abs=1e-13 * size + 1e-300)
-    # Its minimum, for each weight that any task holds, is where the pulls balance.
-    flat = {part: [*kept[f"{part}.a"].flatten(), kept[f"{part}.b"]] for part in ("precision",)}
+    # The centre is as exact as the largest weight that went into it.
+    widest = [abs(theta[j]) + max(abs(one[j][1]) for one in tasks) for j in range(3)]
+    size = sum(f * widest[j] ** 2 for one in tasks for j, (f, _) in enumerate(one))
+    assert energy == pytest.approx(explicit, rel=1e-12, abs=1e-13 * size)
+    precision = torch.cat([kept["precision.a"].flatten(), kept["precision.b"].reshape(1)])
     for j in range(3):
-        precision = sum(one[j][0] for one in tasks)
-        assert float(flat["precision"][j]) == pytest.approx(precision, rel=1e-14)
+        assert precision[j].item() == pytest.approx(sum(one[j][0] for one in tasks), rel=1e-14)
 
 
 def test_consolidate_by_hand() -> None:

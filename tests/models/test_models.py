@@ -55,10 +55,13 @@ def test_weights_round_trip(stream, settings):
     other = settings.build(stream).module
     weights = copy_weights(one)
     assert any(
-        not torch.equal(a, b) for a, b in zip(weights.values(), copy_weights(other).values())
+        not torch.equal(a, b)
+        for a, b in zip(weights.values(), copy_weights(other).values(), strict=True)
     )
     load_weights_(other, weights)
-    assert all(a.equal(b) for a, b in zip(weights.values(), copy_weights(other).values()))
+    assert all(
+        a.equal(b) for a, b in zip(weights.values(), copy_weights(other).values(), strict=True)
+    )
     assert set(weights) == set(one.state_dict())
 
 
@@ -70,7 +73,10 @@ def test_weights_of_another_model_are_refused(stream):
     deep = Mlp(hidden=(4, 4)).build(stream)
     with pytest.raises(StockpotError, match="missing"):
         load_weights_(deep.module, copy_weights(small.module))
-    assert all(a.equal(b) for a, b in zip(before.values(), copy_weights(large.module).values()))
+    assert all(
+        a.equal(b)
+        for a, b in zip(before.values(), copy_weights(large.module).values(), strict=True)
+    )
 
 
 def test_tied_weights_are_one():
@@ -82,7 +88,7 @@ def test_tied_weights_are_one():
 def test_non_finite_weights_are_named():
     module = mlp((1, 2, 2), (3,), 2)
     module[1].bias.data[1] = float("nan")
-    with pytest.raises(NonFiniteError, match="weight '1.bias' is not finite"):
+    with pytest.raises(NonFiniteError, match=r"weight '1\.bias' is not finite"):
         check_finite(module, "here")
 
 
@@ -108,7 +114,8 @@ def test_factory(stream, tmp_path, monkeypatch):
         "from torch import nn\n"
         "def make(image_shape, labels, width=3):\n"
         "    c, h, w = image_shape\n"
-        "    return nn.Sequential(nn.Flatten(), nn.Linear(c*h*w, width), nn.Linear(width, labels))\n"
+        "    layers = nn.Linear(c * h * w, width), nn.Linear(width, labels)\n"
+        "    return nn.Sequential(nn.Flatten(), *layers)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     learner = Factory(factory="my_models:make", arguments={"width": 6}).build(stream)

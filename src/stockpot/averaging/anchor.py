@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, Self
@@ -12,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from stockpot.arithmetic import is_finite
 from stockpot.averaging.weights import trainable_weights
 from stockpot.errors import NonFiniteError
 
-__all__ = ["Anchor", "Store"]
+__all__ = ["Anchor", "Store", "check_store"]
 
 Store = Literal["device", "cpu", "disk"]
 
@@ -48,11 +50,7 @@ class Anchor(Mapping[str, Tensor]):
         """
         copies: dict[str, Tensor] = {}
         for name, parameter in trainable_weights(model).items():
-            if not torch.isfinite(parameter.detach()).all():
-                raise NonFiniteError(
-                    f"weight {name!r} is not finite: it cannot be an anchor. Capture the anchor "
-                    "before training diverges, or give a path to a good checkpoint."
-                )
+            _check_finite(name, parameter)
             copy = parameter.detach().clone()
             copies[name] = copy if store == "device" else copy.cpu()
         return cls(copies)
@@ -63,7 +61,9 @@ class Anchor(Mapping[str, Tensor]):
 
         Raises:
             FileNotFoundError: if there is no such file.
+            ValueError: if ``store`` is not one of the three.
         """
+        check_store(store)
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no anchor at {path}: give a safetensors file")
@@ -71,11 +71,20 @@ class Anchor(Mapping[str, Tensor]):
         if store == "disk":
             return cls(on_disk)
         device = "cuda" if store == "device" and torch.cuda.is_available() else "cpu"
-        return cls({name: on_disk[name].to(device) for name in on_disk})
+        # A copy: what safetensors returns is a view of the file, which may change.
+        return cls({name: on_disk[name].to(device, copy=True) for name in on_disk})
 
     def save(self, path: str | Path) -> None:
-        """Write the anchor as one safetensors file."""
-        save_file({name: self[name].cpu().contiguous() for name in self}, str(path))
+        """Write the anchor as one safetensors file.
+
+        Raises:
+            NonFiniteError: if a weight is NaN or infinite; nothing is written then.
+        """
+        for name in self:
+            _check_finite(name, self[name])
+        # Copies, because safetensors refuses tensors that share memory.
+        plain = {name: self[name].detach().cpu().contiguous().clone() for name in self}
+        save_file(plain, str(path))
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes: equal if and only if the weights are."""
@@ -85,6 +94,20 @@ class Anchor(Mapping[str, Tensor]):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def check_store(store: str) -> None:
+    """Refuse a place where no anchor can be kept."""
+    if store not in typing.get_args(Store):
+        raise ValueError(f"store = {store!r} is not one of {', '.join(typing.get_args(Store))}")
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if weight.is_floating_point() and not is_finite(weight):
+        raise NonFiniteError(
+            f"weight {name!r} is not finite: it cannot be an anchor. Capture the anchor before "
+            "training diverges, or give a path to a good checkpoint."
+        )
 
 
 class _TensorsOnDisk(Mapping[str, Tensor]):

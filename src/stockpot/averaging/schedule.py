@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Integral, Real
 
 __all__ = ["check_p", "merge_steps", "merge_steps_every"]
 
@@ -13,7 +14,7 @@ def check_p(p: float) -> float:
     Raises:
         ValueError: if ``p`` is not in (0, 1].
     """
-    if not (isinstance(p, int | float) and 0.0 < p <= 1.0):
+    if not (isinstance(p, Real) and 0.0 < p <= 1.0):
         raise ValueError(
             f"p = {p!r} is not in (0, 1]: p is the averaging frequency as a fraction of the "
             "task's optimizer steps (1 averages once, at the end; 0.25 averages four times)"
@@ -37,6 +38,8 @@ def merge_steps(total_steps: int, p: float) -> tuple[int, ...]:
     """
     _check_total(total_steps)
     p = check_p(p)
+    if p * total_steps <= 1.0:  # every step, without counting through 1/p multiples
+        return tuple(range(1, total_steps + 1))
     # 1/p for p = 0.1 or 1/3 may fall a rounding error short of the integer that is meant.
     multiples = math.floor(1.0 / p + 1e-9)
     steps = {min(round(k * p * total_steps), total_steps) for k in range(1, multiples + 1)}
@@ -50,14 +53,14 @@ def merge_steps_every(total_steps: int, every: int) -> tuple[int, ...]:
         ValueError: if ``total_steps`` or ``every`` is below 1.
     """
     _check_total(total_steps)
-    if not isinstance(every, int) or every < 1:
+    if not isinstance(every, Integral) or every < 1:
         raise ValueError(f"every = {every!r} is not a whole number of optimizer steps, 1 or more")
     return tuple(sorted({*range(every, total_steps + 1, every), total_steps}))
 
 
 def _check_total(total_steps: int) -> None:
-    if total_steps < 1:
+    if not isinstance(total_steps, Integral) or total_steps < 1:
         raise ValueError(
             f"total_steps = {total_steps!r}: averaging needs to know how many optimizer steps the "
-            "task has, 1 or more"
+            "task has, a whole number of 1 or more"
         )

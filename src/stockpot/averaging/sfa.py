@@ -12,10 +12,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stockpot.arithmetic import l2_distance
-from stockpot.averaging.anchor import Anchor, Store
-from stockpot.averaging.blend import average_, check_beta
+from stockpot.averaging.anchor import Anchor, Store, check_store
+from stockpot.averaging.blend import average_, check_beta, check_shape
 from stockpot.averaging.schedule import check_p, merge_steps, merge_steps_every
 from stockpot.averaging.weights import trainable_weights
+from stockpot.errors import StockpotError
 
 __all__ = ["SFA", "MergeEvent"]
 
@@ -73,6 +74,7 @@ class SFA:
         self.store: Store = store
         if every is not None:
             merge_steps_every(1, every)  # refuses a bad value here and not when training starts
+        check_store(store)
         if store == "disk" and not isinstance(anchor, str | Path):
             raise ValueError("store='disk' reads the anchor from a file: give anchor='path'")
         self._given = anchor
@@ -92,6 +94,9 @@ class SFA:
             model: the model that trains; averages are written into its parameters.
             optimizer: the optimizer that trains it. Its moments are kept as they are.
             total_steps: T, the number of optimizer steps of this task.
+
+        Raises:
+            StockpotError: if the anchor belongs to another model.
         """
         del optimizer  # moments are kept; the argument is part of the interface for what needs it
         steps = (
@@ -103,7 +108,21 @@ class SFA:
         self._model = model
         self._step = 0
         self._anchor = self._take_anchor(model)
+        self._check_anchor(model, self._anchor)
         return self
+
+    def _check_anchor(self, model: nn.Module, anchor: Anchor) -> None:
+        """An anchor of another model is refused now and not at the first merge step."""
+        weights = trainable_weights(model)
+        shared = [name for name in weights if name in anchor]
+        if not shared:
+            raise StockpotError(
+                "the anchor holds none of the model's trainable weights (it has "
+                f"{', '.join(list(anchor)[:3]) or 'nothing'}; the model has "
+                f"{', '.join(list(weights)[:3]) or 'nothing that trains'}): nothing to average"
+            )
+        for name in shared:
+            check_shape(name, weights[name], anchor[name])
 
     def _take_anchor(self, model: nn.Module) -> Anchor:
         if isinstance(self._given, Anchor):

@@ -8,19 +8,27 @@ memory and is undone by the next optimizer step.
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from stockpot.errors import StockpotError
 
 __all__ = ["trainable_weights"]
 
-# Wrappers put these in front of names; a checkpoint and an anchor should agree on plain ones.
-_WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# Wrappers put these into names; a checkpoint and an anchor should agree on plain ones.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-def _plain_name(name: str) -> str:
-    for prefix in _WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name.removeprefix("module.")
+def _plain_name(model: nn.Module, name: str) -> str:
+    # "module." is a wrapper's only where a wrapper stands; elsewhere it is the user's own name.
+    inner: object = model
+    while True:
+        if isinstance(inner, DistributedDataParallel | DataParallel):
+            name, inner = name.removeprefix("module."), inner.module
+        elif isinstance(compiled := getattr(inner, "_orig_mod", None), nn.Module):
+            name, inner = name.removeprefix("_orig_mod."), compiled
+        else:
+            break
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -33,7 +41,7 @@ def trainable_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.is_floating_point():
             _refuse_sharded(name, parameter)
-            weights[_plain_name(name)] = parameter
+            weights[_plain_name(model, name)] = parameter
     return weights
 
 

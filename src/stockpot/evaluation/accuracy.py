@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from stockpot.models.learner import Learner
+from stockpot.models.learner import Learner, evaluating
 from stockpot.streams.data import TaskData
 
 __all__ = ["Score", "accuracy"]
@@ -32,14 +32,12 @@ def accuracy(
 
     The first label wins a tie. In the task-incremental scenario only the task's own labels compete.
     """
-    was_training = learner.module.training
-    learner.module.eval()
     correct = 0
-    for rows in torch.arange(len(data)).split(batch_size):
-        batch = data.__getitems__(rows)
-        allowed = None if batch["allowed"] is None else batch["allowed"].to(device)
-        logits = learner.logits(batch["pixel_values"].to(device), allowed)
-        correct += int((logits.argmax(dim=-1) == batch["labels"].to(device)).sum())
-    learner.module.train(was_training)
+    with evaluating(learner.module):
+        for rows in torch.arange(len(data)).split(batch_size):
+            batch = data.__getitems__(rows)
+            allowed = None if batch["allowed"] is None else batch["allowed"].to(device)
+            logits = learner.logits(batch["pixel_values"].to(device), allowed)
+            correct += int((logits.argmax(dim=-1) == batch["labels"].to(device)).sum())
     value = correct / len(data)
     return Score(value, len(data), (value * (1 - value) / len(data)) ** 0.5)

@@ -1,12 +1,13 @@
 """What can be merged: names, shapes, kinds and numbers are checked before anything is computed."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NoReturn, TypeAlias
 
 import torch
 
-__all__ = ["Weights", "check_number", "is_finite", "refuse", "validate", "validate_fishers"]
+from stockpot.arithmetic import is_finite
+
+__all__ = ["Weights", "check_number", "refuse", "validate", "validate_fishers"]
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -121,14 +122,6 @@ def check_number(label: str, value: float) -> None:
     """Refuse a factor that is NaN or infinite, or would be in float32."""
     if not abs(value) <= torch.finfo(torch.float32).max:
         refuse(label, f"is {value}", "give a number that is finite in float32")
-
-
-def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether a floating tensor holds neither NaN nor infinity."""
-    if tensor.numel() == 0:
-        return True
-    # Unlike torch.isfinite, this needs no memory; aminmax propagates NaN.
-    return all(math.isfinite(bound) for bound in torch.aminmax(tensor.detach()))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from stockpot.arithmetic import lerp
+from stockpot.arithmetic import is_finite, lerp
 from stockpot.merging._validation import (
     Weights,
     check_number,
-    is_finite,
     refuse,
     validate,
     validate_fishers,

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from stockpot.averaging.weights import trainable_weights
+from stockpot.models.learner import evaluating
 
 if TYPE_CHECKING:
     from stockpot.models.learner import Learner
@@ -45,13 +46,8 @@ def fisher_diagonal(
     Returns:
         float32 values on the model's device, by the names of the trainable parameters.
     """
-    model = learner.module
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(learner.module):
         return _accumulate(learner, data, samples, labels, seed)
-    finally:
-        model.train(was_training)
 
 
 def _accumulate(
@@ -98,7 +94,7 @@ def _accumulate(
             )(parameters, pixels, allowed, label.to(device))
             for name, gradient in per_example.items():
                 # einsum squares and sums without a second copy of the gradients.
-                flat = gradient.float().flatten(1)
+                flat = gradient.float().reshape(len(label), -1)
                 totals[name] += torch.einsum("ni,ni,n->i", flat, flat, weight.to(device)).view_as(
                     totals[name]
                 )

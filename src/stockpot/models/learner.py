@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ __all__ = [
     "check_finite",
     "conv",
     "copy_weights",
+    "evaluating",
     "load_weights_",
     "mlp",
     "to_unit_range",
@@ -52,6 +54,18 @@ class Learner:
         if allowed is None:
             return logits
         return logits.masked_fill(~allowed, float("-inf"))
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode, and afterwards every part in the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def mlp(image_shape: tuple[int, int, int], hidden: tuple[int, ...], labels: int) -> nn.Module:

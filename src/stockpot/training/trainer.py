@@ -97,7 +97,10 @@ def train_task(
     memory = PeakMemory(run.device)
     memory.start()
     checkpoint = trainer.usable_checkpoint()
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        trainer.release_model()
     check_finite(run.model, where)
     shutil.rmtree(scratch, ignore_errors=True)
     log = trainer.log_of_losses
@@ -190,6 +193,8 @@ class _TaskTrainer(Trainer):
         self.log_of_losses = _LossLog(run.total_steps)
         self._seconds_before = 0.0
         self._began = time.perf_counter()
+        own = run.model.__dict__
+        self._own_forward = {"forward": own["forward"]} if "forward" in own else {}
         self._on_cpu = run.device.type == "cpu"
         super().__init__(
             model=run.model,
@@ -199,9 +204,8 @@ class _TaskTrainer(Trainer):
             callbacks=[_Hooks(self)],
         )
         self.remove_callback(PrinterCallback)
-        # The loss below is a plain mean over the micro-batch, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = False
-        self.loss_is_scaled_for_ga = False
+        self.loss_is_scaled_for_ga = True  # by compute_loss below
 
     def elapsed(self) -> float:
         """Seconds of training, those before a kill included."""
@@ -231,11 +235,18 @@ class _TaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Mean cross-entropy over the batch."""
+        """Cross-entropy, its mean over the examples of the optimizer step.
+
+        With gradient accumulation each micro-batch gives its share of that mean, so that a short
+        last one does not count as much as a full one.
+        """
         learner = self.run.learner
         output = model(learner.preprocess(inputs["pixel_values"]))
         logits = learner.select(output, inputs["allowed"])
-        loss = F.cross_entropy(logits.float(), inputs["labels"])
+        labels = inputs["labels"]
+        loss = F.cross_entropy(logits.float(), labels)
+        if num_items_in_batch is not None:
+            loss = loss * (len(labels) / num_items_in_batch)
         return (loss, output) if return_outputs else loss
 
     def training_step(
@@ -243,7 +254,7 @@ class _TaskTrainer(Trainer):
     ) -> Tensor:
         """Forward and backward; then, before clipping, the method's penalty."""
         if self.accelerator.distributed_type == DistributedType.NO:
-            loss = self._forward_backward(model, inputs)
+            loss = self._forward_backward(model, inputs, num_items_in_batch)
         else:
             loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
@@ -258,12 +269,14 @@ class _TaskTrainer(Trainer):
         self.log_of_losses.add(loss)
         return loss
 
-    def _forward_backward(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    def _forward_backward(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: int | None
+    ) -> Tensor:
         """What the base class does, less the questions it asks at every step of any set-up."""
         if not model.training:
             model.train()
         batch = inputs if self._on_cpu else self._prepare_inputs(inputs)
-        loss: Tensor = self.compute_loss(model, batch) / self.current_gradient_accumulation_steps
+        loss: Tensor = self.compute_loss(model, batch, num_items_in_batch=num_items_in_batch)
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -281,6 +294,22 @@ class _TaskTrainer(Trainer):
         if loss is not None and not math.isfinite(loss):
             self._refuse_loss(step, loss)
         self.on_step(step, loss)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int | None:
+        """How many examples an optimizer step has; None if they are all in one micro-batch."""
+        if len(batch_samples) == 1:
+            return None
+        return sum(len(batch["labels"]) for batch in batch_samples)
+
+    def release_model(self) -> None:
+        """Take off what accelerate put around the model's forward: the next call decides anew.
+
+        Left on, autocast would reach into scoring and into trainings in another precision.
+        """
+        own = self.run.model.__dict__
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            own.pop(name, None)
+        own.update(self._own_forward)
 
     # What a small model would pay at every step for numbers that nobody reads.
 
