@@ -1,16 +1,16 @@
-"""Optimizer steps per second: stockpot against a bare PyTorch loop and against Avalanche 0.6.0.
+r"""Optimizer steps per second: stockpot against a bare PyTorch loop and against Avalanche 0.6.0.
 
-All train a 784-128-5 ReLU network on MNIST, even digits and then odd ones, one shared head, Adam at
-1e-3, batches of 32, one epoch per task, one CPU thread. Timed is the training of the second task,
-without scoring and without EWC's Fisher pass (which is given apart for Avalanche). The programs take
-turns within each round, each in a fresh process; the table gives medians over the rounds, and ratios
-to the bare loop of the same round.
+All train a 784-128-5 ReLU network on MNIST, even digits and then odd ones, one shared head, Adam
+at 1e-3, batches of 32, one epoch per task, one CPU thread. Timed is the training of the second
+task, without scoring and without EWC's Fisher pass. The programs take turns within each round, each
+in a fresh process; the table gives medians over the rounds, and medians of the ratios within a
+round.
 
-    python benchmarks/step_overhead.py --rounds 5 --avalanche .venv-avalanche/bin/python \\
+    python benchmarks/step_overhead.py --rounds 5 --avalanche .venv-avalanche/bin/python \
         --write benchmarks/results/step_overhead.md
 
-MNIST is read as in every experiment: from the hub, or from STOCKPOT_DATA. `peers/setup_avalanche.sh`
-makes Avalanche's environment; without --avalanche that peer is left out.
+MNIST is read as in every experiment: from the hub, or from STOCKPOT_DATA.
+`peers/setup_avalanche.sh` makes Avalanche's environment; without --avalanche that peer is left out.
 """
 
 from __future__ import annotations
@@ -123,9 +123,7 @@ def table(rounds: list[dict[str, dict[str, Any]]]) -> str:
         against = "-"
         if peer in rounds[0] and name.startswith("stockpot/"):
             against = "{:.2f}x".format(
-                median(
-                    [r[name]["steps_per_second"] / r[peer]["steps_per_second"] for r in rounds]
-                )
+                median([r[name]["steps_per_second"] / r[peer]["steps_per_second"] for r in rounds])
             )
         scores = ", ".join(f"{value:.2f}" for value in first["accuracy"].values())
         lines.append(f"| {name} | {rate:,.0f} | {ratio:.2f}x | {against} | {scores} |")
@@ -142,7 +140,9 @@ def processor() -> str:
 
 def main() -> None:
     """Measure, print, and write if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5, help="how often each program runs")
     parser.add_argument("--avalanche", help="Python of the environment that holds Avalanche")
     parser.add_argument("--write", type=Path, help="file to write the table to")

@@ -36,6 +36,12 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
             break
         left_out += [column.title for column in columns if column.key == key]
         columns = [column for column in columns if column.key != key]
+    first = summary[0]
+    console.print(
+        f"{first['stream']}, {first['scenario']}, {len(tasks)} tasks; final scores",
+        style="bold",
+        highlight=False,
+    )
     console.print(_table(groups, columns), highlight=False)
     seeds = max(len(group.runs) for group in groups)
     notes = [

@@ -16,18 +16,19 @@ __all__ = ["summarise", "write_summary"]
 
 def write_summary(record: Record, plan: Plan, stream: Stream) -> list[dict[str, Any]]:
     """Compute the summary of all finished runs and write it."""
-    summary = summarise(record, plan, tuple(task.name for task in stream.tasks))
+    summary = summarise(record, plan, stream)
     write_json(record.folder / "summary.json", summary)
     return summary
 
 
-def summarise(record: Record, plan: Plan, tasks: tuple[str, ...]) -> list[dict[str, Any]]:
+def summarise(record: Record, plan: Plan, stream: Stream) -> list[dict[str, Any]]:
     """One object per finished run: method, settings, seed, R, b, metrics."""
+    tasks = tuple(task.name for task in stream.tasks)
     scores: dict[tuple[str, int], dict[str, float]] = {}
     for line in record.scores():
         scores.setdefault((line["run"], line["stage"]), {})[line["task"]] = line["value"]
     return [
-        _one(record, run, tasks, scores)
+        {"stream": stream.name, "scenario": stream.scenario, **_one(record, run, tasks, scores)}
         for run in plan.runs
         if record.finished(run.id) == len(run.stages)
     ]

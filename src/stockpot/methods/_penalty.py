@@ -31,30 +31,37 @@ class Penalty(Method):
     _weights: list[Any] = PrivateAttr(default_factory=list)
     _anchor: Any = PrivateAttr(None)
     """theta_o, all parameters end to end."""
+    _difference: Any = PrivateAttr(None)
+    """theta - theta_o in the same layout; written anew at every step."""
 
     def start_task(self, run: TaskRun) -> None:
         """Go on from the previous task's weights and pull towards them."""
+        import torch
+
+        from stockpot.arithmetic import wide
         from stockpot.averaging.weights import trainable_weights
 
         super().start_task(run)
         self._weights = list(trainable_weights(run.model).values()) if run.stage else []
-        self._anchor = self._laid_out() if self._weights else None
+        if self._weights:
+            self._anchor = torch.cat([wide(weight.detach()).flatten() for weight in self._weights])
+            self._difference = torch.empty_like(self._anchor)
 
-    def _laid_out(self) -> Tensor:
+    def _subtract_anchor(self) -> Tensor:
+        """Work out theta - theta_o, in the same memory every time: fresh memory costs page faults."""
         import torch
 
-        return torch.cat([parameter.detach().flatten() for parameter in self._weights])
+        flat = [weight.detach().view(-1) for weight in self._weights]
+        difference: Tensor = torch.cat(flat, out=self._difference)
+        return difference.sub_(self._anchor)
 
     def _add_to_gradients(self, pull: Tensor, factor: float) -> None:
         """``gradient += factor * pull``, for every parameter its stretch of ``pull``."""
         import torch
 
-        for parameter in self._weights:
-            if parameter.grad is None:  # not reached by the loss, but the penalty reaches it
-                parameter.grad = torch.zeros_like(parameter)
-        stretches = pull.split([parameter.numel() for parameter in self._weights])
-        torch._foreach_add_(
-            [parameter.grad for parameter in self._weights],
-            [s.view_as(p) for s, p in zip(stretches, self._weights, strict=True)],
-            alpha=factor,
-        )
+        for weight in self._weights:
+            if weight.grad is None:  # not reached by the loss, but the penalty reaches it
+                weight.grad = torch.zeros_like(weight)
+        stretches = pull.split([weight.numel() for weight in self._weights])
+        for weight, stretch in zip(self._weights, stretches, strict=True):
+            weight.grad.add_(stretch.view_as(weight), alpha=factor)

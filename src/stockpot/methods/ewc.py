@@ -39,6 +39,7 @@ class EWC(Penalty):
 
     _precision: Any = PrivateAttr(None)
     """strength * F, summed over the past tasks, all parameters end to end."""
+    _pull: Any = PrivateAttr(None)
     _offset: float = PrivateAttr(0.0)
 
     def start_task(self, run: TaskRun) -> None:
@@ -53,19 +54,24 @@ class EWC(Penalty):
         if past is not None:
             names = list(trainable_weights(run.model))
             flat = {
-                part: torch.cat([past[f"{part}.{name}"].flatten() for name in names]).to(run.device)
+                part: torch.cat([past[f"{part}.{name}"].flatten() for name in names]).to(
+                    self._anchor
+                )
                 for part in ("precision", "centre")
             }
             self._precision = self.strength * flat["precision"]
             self._anchor = flat["centre"]
+            self._pull = torch.empty_like(self._precision)
             self._offset = self.strength * float(past["offset"])
 
     def before_step(self, run: TaskRun) -> Tensor | None:
         """Add ``strength * F * (theta - centre)`` to the gradient."""
+        import torch
+
         if self._precision is None:
             return None
-        difference = self._laid_out().sub_(self._anchor)
-        pull = self._precision * difference
+        difference = self._subtract_anchor()
+        pull = torch.mul(self._precision, difference, out=self._pull)
         self._add_to_gradients(pull, run.loss_scale)
         energy: Tensor = pull.dot(difference) + self._offset
         return energy / 2

@@ -23,7 +23,7 @@ class L1(Penalty):
         """Add ``strength * sign(theta - theta_o)`` to the gradient (0 where they are equal)."""
         if not self._weights:
             return None
-        difference = self._laid_out().sub_(self._anchor)
+        difference = self._subtract_anchor()
         value = self.strength * difference.abs().sum()
         self._add_to_gradients(difference.sign_(), self.strength * run.loss_scale)
         return value

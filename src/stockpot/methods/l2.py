@@ -23,6 +23,6 @@ class L2(Penalty):
         """Add ``strength * (theta - theta_o)`` to the gradient."""
         if not self._weights:
             return None
-        difference = self._laid_out().sub_(self._anchor)
+        difference = self._subtract_anchor()
         self._add_to_gradients(difference, self.strength * run.loss_scale)
         return self.strength / 2 * difference.dot(difference)

@@ -26,7 +26,7 @@ __all__ = [
 
 def to_unit_range(images: Tensor) -> Tensor:
     """uint8 images as floats in [0, 1]; floats as they are."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+    return torch.div(images, 255) if images.dtype == torch.uint8 else images
 
 
 @dataclass(frozen=True)

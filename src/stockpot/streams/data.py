@@ -65,12 +65,17 @@ class ImageData(Dataset[Batch]):
 
     def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
         """The batch of these examples (PyTorch's fetcher calls this once a batch)."""
-        rows = self.rows[torch.as_tensor(indices)]
-        images = self.images[rows]
+        # index_select is several times as fast as indexing with brackets.
+        rows = self.rows.index_select(0, torch.as_tensor(indices))
+        images = self.images.index_select(0, rows)
         if self.permutation is not None:
-            images = images.flatten(1)[:, self.permutation].view_as(images)
+            images = images.flatten(1).index_select(1, self.permutation).view_as(images)
         allowed = None if self.allowed is None else self.allowed.expand(len(rows), -1)
-        return {"pixel_values": images, "labels": self.labels[rows], "allowed": allowed}
+        return {
+            "pixel_values": images,
+            "labels": self.labels.index_select(0, rows),
+            "allowed": allowed,
+        }
 
     def subset(self, indices: Tensor) -> ImageData:
         """These examples, in this order, over the same images."""
