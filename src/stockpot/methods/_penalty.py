@@ -48,7 +48,7 @@ class Penalty(Method):
             self._difference = torch.empty_like(self._anchor)
 
     def _subtract_anchor(self) -> Tensor:
-        """Work out theta - theta_o, in the same memory every time: fresh memory costs page faults."""
+        """Work out theta - theta_o in the same memory every time: fresh memory costs faults."""
         import torch
 
         flat = [weight.detach().view(-1) for weight in self._weights]
