@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["is_finite", "l2_distance", "lerp", "wide"]
+__all__ = ["fingerprint", "is_finite", "l2_distance", "lerp", "wide"]
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -40,6 +41,16 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     # Unlike torch.isfinite, this needs no memory; aminmax propagates NaN.
     return all(math.isfinite(bound) for bound in torch.aminmax(tensor.detach()))
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes: equal if and only if the tensors are."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def l2_distance(left: Iterable[Tensor], right: Iterable[Tensor]) -> float:

@@ -22,6 +22,7 @@ __all__ = [
     "link_or_copy",
     "read_json",
     "read_tensors",
+    "read_text",
     "remove_scratch",
     "sha256",
     "space_errors",
@@ -122,6 +123,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_text(path: Path) -> str:
+    """Read a text file of the record.
+
+    Raises:
+        DamagedRecordError: if it is missing.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DamagedRecordError(f"{path} is missing from the record") from error
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file of the record.
 
@@ -129,9 +142,7 @@ def read_json(path: Path) -> Any:
         DamagedRecordError: if it is missing or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DamagedRecordError(f"{path} is missing from the record") from error
+        return json.loads(read_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DamagedRecordError(f"{path} is damaged: {error}") from error
 

@@ -46,6 +46,7 @@ def test_files_of_a_finished_record(made):
         "experiment.yaml",
         "merges.jsonl",
         "scores.jsonl",
+        "start.json",
         "stages.jsonl",
         "summary.json",
         *(f"runs/{run}/{file}" for run in runs for file in ("manifest.json", "model.safetensors")),
@@ -363,3 +364,96 @@ def test_experiment_object_runs_from_python(made, tmp_path):
     path, out = made
     outcome = stockpot.run_experiment(load_experiment(path, output=tmp_path / "out"))
     assert record_of(outcome.folder) == record_of(out)
+
+
+# What a record was made with may not change under it.
+
+
+@pytest.fixture
+def own_model(tmp_path, monkeypatch):
+    folder = tmp_path / "code"
+    folder.mkdir()
+
+    def write(scale="1.0", extra=""):
+        (folder / "own_model.py").write_text(
+            "from torch import nn\n"
+            "def make(image_shape, labels):\n"
+            f"    {extra or 'pass'}\n"
+            "    module = nn.Sequential(nn.Flatten(), nn.Linear(64, labels))\n"
+            f"    module[1].weight.data.mul_({scale})\n"
+            "    return module\n"
+        )
+        sys.modules.pop("own_model", None)
+        shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+
+    monkeypatch.syspath_prepend(folder)
+    write()
+    return write
+
+
+OWN = ["model=own_model:make", "methods=[sequential]"]
+
+
+def test_changed_model_code_does_not_go_on_silently(made, tmp_path, own_model):
+    path, _ = made
+    run_file(path, tmp_path / "out", OWN)
+    own_model(scale="2.0")
+    with pytest.raises(ConfigError, match="starts from other weights"):
+        run_file(path, tmp_path / "out", [*OWN[:1], "methods=[sequential, l2]"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("raise ValueError('no')", "failed when called with image_shape"),
+        ("labels = 9", r"needs \(2, 2\)"),
+        ("return nn.Sequential(nn.Flatten(), nn.Linear(3, labels))", "the model fails on images"),
+        ("return nn.Flatten()", "no trainable parameters"),
+    ],
+)
+def test_models_that_do_not_fit(made, tmp_path, own_model, extra, message):
+    path, _ = made
+    own_model(extra=extra)
+    with pytest.raises(ConfigError, match=message):
+        run_file(path, tmp_path / "out", OWN)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_changed_data_does_not_go_on_silently(made, tmp_path, monkeypatch):
+    import stockpot.streams.digits as digits
+
+    path, _ = made
+    run_file(path, tmp_path / "out", ["methods=[sequential]"])
+    real = digits.load_digits
+
+    def other():
+        data = real()
+        data.train_images[0] += 0.5
+        return data
+
+    monkeypatch.setattr(digits, "load_digits", other)
+    with pytest.raises(ConfigError, match="are not those that"):
+        run_file(path, tmp_path / "out", ["methods=[sequential, l2]"])
+
+
+def test_summary_while_running(made, tmp_path, monkeypatch):
+    from stockpot.experiment import runner
+
+    monkeypatch.setattr(runner, "_SUMMARY_SECONDS", 0.0)
+    path, _ = made
+    run_and_kill(path, tmp_path / "out", ["methods=[sequential, sfa]"], stage=2, step=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_file(path, tmp_path / "out", observer=_Interrupter())
+    (run,) = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert run["method"] == "sequential"
+
+
+class _Interrupter:
+    """Ctrl-C as the second run begins."""
+
+    def __getattr__(self, name):
+        return lambda *args: None
+
+    def run_begins(self, run, finished):
+        if run.method.name == "sfa":
+            raise KeyboardInterrupt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stockpot.arithmetic import is_finite
+from stockpot.arithmetic import fingerprint, is_finite
 from stockpot.averaging.weights import trainable_weights
 from stockpot.errors import NonFiniteError
 
@@ -88,12 +87,7 @@ class Anchor(Mapping[str, Tensor]):
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes: equal if and only if the weights are."""
-        digest = hashlib.sha256()
-        for name in sorted(self):
-            tensor = self[name].detach().cpu().contiguous()
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return fingerprint(self)
 
 
 def check_store(store: str) -> None:

@@ -21,13 +21,12 @@ def report(
     from rich.console import Console
 
     from stockpot.cli.table import print_results
-    from stockpot.files import read_json
-    from stockpot.report.write import write_report
+    from stockpot.report.write import read_summary, write_report
 
     console = Console(stderr=True)
     with console.status("drawing the figures"):
         page = write_report(folder)
-    summary = read_json(folder / "summary.json")
+    summary = read_summary(folder)
     if as_json:
         typer.echo(json.dumps(summary, indent=2))
         return

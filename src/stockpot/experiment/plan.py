@@ -12,6 +12,7 @@ from typing import Any
 
 from stockpot.experiment.config import Experiment
 from stockpot.methods import Method
+from stockpot.methods.base import short
 from stockpot.streams.data import Stream
 
 __all__ = ["Plan", "Run", "Stage", "make_plan"]
@@ -53,7 +54,7 @@ class Run:
     @property
     def label(self) -> str:
         """The method with the settings that were given for it."""
-        return method_label(self.method)
+        return self.method.label
 
 
 @dataclass(frozen=True)
@@ -132,33 +133,11 @@ def _key(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def method_label(method: Method) -> str:
-    """``sfa p=0.25 beta=0.5``: the method and the settings that were given for it."""
-    return " ".join([method.name, *(f"{k}={_short(v)}" for k, v in _given(method))])
-
-
-def _given(method: Method) -> list[tuple[str, Any]]:
-    """The settings worth naming: the method's headline ones, and others that are not the default.
-
-    They follow from the settings' values alone, so that the resolved experiment gives the same ids.
-    """
-    return [
-        (name, getattr(method, name))
-        for name, field in type(method).model_fields.items()
-        if getattr(method, name) is not None
-        and (name in method.headline or getattr(method, name) != field.default)
-    ]
-
-
-def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 def _unique_ids(methods: Iterable[Method]) -> list[str]:
     """Folder names: the label, made fit for a file system and unique."""
     ids: list[str] = []
     for method in methods:
-        words = [method.name, *(f"{k}{_short(v)}" for k, v in _given(method))]
+        words = [method.name, *(f"{k}{short(v)}" for k, v in method.given().items())]
         name = re.sub(r"[^\w.+-]", "_", "-".join(words))
         while name in ids:
             name += "_"

@@ -51,19 +51,37 @@ class Record:
 
     # Opening.
 
-    def open(self, experiment: Experiment, environment: dict[str, Any]) -> None:
+    def open(
+        self, experiment: Experiment, data: str, environment: dict[str, Any], planned: int
+    ) -> None:
         """Start the folder, or take it up where an earlier call stopped. Hold the lock meanwhile.
 
+        Args:
+            experiment: what runs.
+            data: fingerprint of the stream's examples.
+            environment: on what it runs.
+            planned: how many runs there will be.
+
         Raises:
-            ConfigError: if the folder holds another experiment, or something else altogether.
+            ConfigError: if the folder holds another experiment, or the data have changed.
             DamagedRecordError: if a file of the record cannot be trusted.
         """
         described = self.folder / "experiment.json"
         remove_scratch(self.folder)
         if described.exists():
-            self._check_same(read_json(described), experiment)
+            held = read_json(described)
+            self._check_same(held, experiment)
+            if held.get("data") != data:
+                raise ConfigError(
+                    f"the examples of {experiment.stream.name} are not those that {self.folder} "
+                    "was made with: the data set or how it is read has changed. Choose another "
+                    "folder with --output"
+                )
         # First of all: a folder with this file is a record.
-        write_json(described, {"name": experiment.name, **experiment.common()})
+        write_json(
+            described,
+            {"name": experiment.name, "planned": planned, "data": data, **experiment.common()},
+        )
         with space_errors(self.folder):
             self.runs.mkdir(exist_ok=True)
         self._drop_leftovers()
@@ -180,6 +198,22 @@ class Record:
             except OSError:
                 os.truncate(path, size)  # a full disk takes half a line; take it back
                 raise
+
+    def check_start(self, seed: int, fingerprint: str) -> None:
+        """Remember the starting weights of a seed; refuse to go on from others.
+
+        Raises:
+            ConfigError: if the same model and seed gave other weights before.
+        """
+        path = self.folder / "start.json"
+        held = read_json(path) if path.exists() else {}
+        if held.setdefault(str(seed), fingerprint) != fingerprint:
+            raise ConfigError(
+                f"the model starts from other weights than when {self.folder} was made (seed "
+                f"{seed}): its files, its code or a library has changed. Choose another folder "
+                "with --output"
+            )
+        write_json(path, held)
 
     # Reading.
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
-from stockpot.arithmetic import l2_distance
-from stockpot.errors import StockpotError
+from stockpot.arithmetic import fingerprint, l2_distance
+from stockpot.errors import ConfigError, DamagedRecordError, DiskFullError, StockpotError
 from stockpot.evaluation import Score, accuracy
 from stockpot.experiment.config import Experiment
 from stockpot.experiment.environment import describe_environment
@@ -25,11 +25,21 @@ from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
 from stockpot.experiment.summary import write_summary
 from stockpot.methods.base import Memory, Method, TaskRun
-from stockpot.models.learner import Learner, check_finite, copy_weights, load_weights_
+from stockpot.models.learner import (
+    Learner,
+    check_finite,
+    check_learner,
+    copy_weights,
+    load_weights_,
+)
 from stockpot.streams.data import Stream
 from stockpot.training.trainer import Trained, choose_device, train_task
 
 __all__ = ["Outcome", "run_experiment"]
+
+
+_SUMMARY_SECONDS = 10.0
+"""How old summary.json may be while an experiment runs, so that a report can be had meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +101,15 @@ class _Runner:
             return self._run_all()
 
     def _run_all(self) -> Outcome:
-        self.record.open(self.experiment, describe_environment(self.experiment.seeds))
+        environment = describe_environment(self.experiment.seeds)
+        planned = len(self.plan.runs)
+        self.record.open(self.experiment, self.stream.fingerprint(), environment, planned)
         # The trainer collects garbage at every task; what is alive now need not be searched.
         gc.collect()
         gc.freeze()
         self.observer.experiment_begins(self.plan, tuple(t.name for t in self.stream.tasks))
         failures: dict[str, str] = {}
+        said = time.monotonic()
         try:
             for run in self.plan.runs:
                 try:
@@ -106,6 +119,12 @@ class _Runner:
                         raise
                     failures[run.id] = str(error)
                     self.observer.run_failed(run, error)
+                if time.monotonic() - said > _SUMMARY_SECONDS:
+                    said = time.monotonic()
+                    write_summary(self.record, self.plan, self.stream)
+        except KeyboardInterrupt:
+            write_summary(self.record, self.plan, self.stream)
+            raise
         finally:
             gc.unfreeze()
         summary = write_summary(self.record, self.plan, self.stream)
@@ -136,7 +155,9 @@ class _Runner:
         set_seed(seed)
         self.learner = self.experiment.model.build(self.stream)
         self.learner.module.to(self.device)
+        check_learner(self.learner, self.stream, self.device)
         self.start, self.start_seed = copy_weights(self.learner.module), seed
+        self.record.check_start(seed, fingerprint(self.start))
         self.scored.clear()
 
     def _stage(
@@ -293,6 +314,4 @@ class _Runner:
 
 def _concerns_one_run(error: StockpotError) -> bool:
     """Whether other runs can go on: true of a run that diverged, not of a full disk."""
-    from stockpot.errors import DamagedRecordError, DiskFullError
-
-    return not isinstance(error, DamagedRecordError | DiskFullError)
+    return not isinstance(error, ConfigError | DamagedRecordError | DiskFullError)

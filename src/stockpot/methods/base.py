@@ -20,7 +20,12 @@ if TYPE_CHECKING:
     from stockpot.models.learner import Learner
     from stockpot.streams.data import Task, TaskData
 
-__all__ = ["Memory", "Method", "TaskRun"]
+__all__ = ["Memory", "Method", "TaskRun", "short"]
+
+
+def short(value: Any) -> str:
+    """A setting's value as names and figures give it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class Memory:
@@ -156,6 +161,24 @@ class Method(BaseModel):
     def settings(self) -> dict[str, Any]:
         """All settings, by name."""
         return self.model_dump(mode="json")
+
+    def given(self) -> dict[str, Any]:
+        """The settings worth naming: the headline ones, and others that are not the default.
+
+        They follow from the settings' values alone, so that the resolved experiment, with every
+        default written out, gives the same names.
+        """
+        return {
+            name: getattr(self, name)
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) is not None
+            and (name in self.headline or getattr(self, name) != field.default)
+        }
+
+    @property
+    def label(self) -> str:
+        """``sfa p=0.25 beta=0.5``."""
+        return " ".join([self.name, *(f"{k}={short(v)}" for k, v in self.given().items())])
 
     def training_identity(self, stage: int) -> dict[str, Any]:
         """What, beside data, seed and starting weights, decides the weights trained in a stage.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from stockpot.errors import StockpotError
+from stockpot.errors import ConfigError
 from stockpot.models.learner import Learner, to_unit_range
 
 __all__ = ["load_image_classifier"]
@@ -26,7 +26,7 @@ def load_image_classifier(
     A head of another size is replaced by a fresh one; everything else must load.
 
     Raises:
-        StockpotError: if the model cannot be had.
+        ConfigError: if the model cannot be had.
     """
     from transformers import AutoConfig, AutoModelForImageClassification
     from transformers.utils import logging
@@ -49,7 +49,7 @@ def load_image_classifier(
             module = AutoModelForImageClassification.from_config(config)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise StockpotError(
+        raise ConfigError(
             f"cannot load the model {source!r}: {line}. Without a network, give a local folder "
             "that holds config.json and model.safetensors"
         ) from error
@@ -64,7 +64,7 @@ def _check_body(source: str, module: Any, loaded: dict[str, Any]) -> None:
     fresh = [*loaded["missing_keys"], *(key[0] for key in loaded["mismatched_keys"])]
     body = sorted(name for name in fresh if name.startswith(prefix))
     if body:
-        raise StockpotError(
+        raise ConfigError(
             f"the checkpoint {source!r} lacks weights of its body, or has them in another shape "
             f"({', '.join(body[:3])}{' and more' if len(body) > 3 else ''}); it is damaged or of "
             "another architecture than its config.json says"

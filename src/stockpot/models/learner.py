@@ -5,16 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from stockpot.errors import NonFiniteError, StockpotError
+from stockpot.errors import ConfigError, NonFiniteError, StockpotError
+
+if TYPE_CHECKING:
+    from stockpot.streams.data import Stream
 
 __all__ = [
     "Learner",
     "check_finite",
+    "check_learner",
     "conv",
     "copy_weights",
     "evaluating",
@@ -87,11 +91,11 @@ def conv(
     """Blocks of 3x3 convolution (and BatchNorm), ReLU, 2x2 max-pooling; then Linear to the labels.
 
     Raises:
-        StockpotError: if the image is too small for so many poolings.
+        ConfigError: if the image is too small for so many poolings.
     """
     depth, height, width = image_shape
     if min(height, width) >> len(channels) < 1:
-        raise StockpotError(
+        raise ConfigError(
             f"model.channels has {len(channels)} blocks, each halving the image, and the images "
             f"are only {height}x{width}; use fewer blocks"
         )
@@ -147,6 +151,31 @@ def load_weights_(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
             )
     for name, tensor in own.items():
         tensor.copy_(weights[name])
+
+
+def check_learner(learner: Learner, stream: Stream, device: torch.device) -> None:
+    """Try the model on two images before anything is trained.
+
+    Raises:
+        ConfigError: if it has nothing to train, fails, or gives logits of another shape.
+    """
+    if not any(p.requires_grad for p in learner.module.parameters()):
+        raise ConfigError("the model has no trainable parameters: there is nothing to fine-tune")
+    rows = torch.arange(min(2, len(stream.tasks[0].train)))
+    images = stream.tasks[0].train.__getitems__(rows)["pixel_values"].to(device)
+    with evaluating(learner.module), torch.no_grad():
+        try:
+            logits = learner.logits(images)
+        except Exception as error:  # the module may be anyone's
+            raise ConfigError(
+                f"the model fails on images of shape {tuple(images.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    if logits.shape != (len(rows), stream.labels):
+        raise ConfigError(
+            f"the model gives logits of shape {tuple(logits.shape)} for {len(rows)} images; this "
+            f"stream needs {(len(rows), stream.labels)}, one for each of its {stream.labels} labels"
+        )
 
 
 def check_finite(module: nn.Module, where: str) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from stockpot.errors import StockpotError, nearest
+from stockpot.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from stockpot.models.learner import Learner
@@ -119,7 +119,7 @@ class Factory(ModelSettings):
         """Import the function and call it.
 
         Raises:
-            StockpotError: if it cannot be imported or does not return a module.
+            ConfigError: if it cannot be imported or does not return a module.
         """
         from torch import nn
 
@@ -131,13 +131,23 @@ class Factory(ModelSettings):
             for part in function_name.split("."):
                 function = getattr(function, part)
         except (ImportError, AttributeError) as error:
-            raise StockpotError(
+            raise ConfigError(
                 f"model.factory = {self.factory!r} cannot be imported: {error}. The module must be "
                 "on the path (an installed package, or PYTHONPATH=folder)"
             ) from error
-        module = function(image_shape=stream.image_shape, labels=stream.labels, **self.arguments)
+        try:
+            module = function(
+                image_shape=stream.image_shape, labels=stream.labels, **self.arguments
+            )
+        except Exception as error:  # it is anyone's code
+            raise ConfigError(
+                f"model.factory = {self.factory!r} failed when called with image_shape="
+                f"{stream.image_shape}, labels={stream.labels}"
+                + "".join(f", {key}={value!r}" for key, value in self.arguments.items())
+                + f": {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(module, nn.Module):
-            raise StockpotError(
+            raise ConfigError(
                 f"model.factory = {self.factory!r} returned {type(module).__name__}, not a "
                 "torch.nn.Module"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from stockpot.files import space_errors
 from stockpot.methods import METHODS
-from stockpot.report.style import colour, marker, title
-from stockpot.report.table import Group, Interval
+from stockpot.methods.base import short
+from stockpot.report.style import colour, literal, marker, title
+from stockpot.report.table import Group, Interval, method_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,14 +43,11 @@ class Curve:
 
     @property
     def label(self) -> str:
-        """``SFA along p (beta=0.5)``."""
-        if len(self.points) == 1 or self.along is None:
-            point = self.points[0].group
-            return title(self.method) + point.label.removeprefix(self.method).rstrip()
-        named = METHODS[self.method].headline if self.method in METHODS else ()
-        rest = ", ".join(
-            f"{k} {v:g}" for k, v in self.fixed.items() if k in named and v is not None
-        )
+        """``SFA along p (beta 0.5)``."""
+        if self.along is None:
+            return method_title(self.points[0].group)
+        method = METHODS[self.method].model_validate(self.points[0].group.settings)
+        rest = ", ".join(f"{k} {short(v)}" for k, v in method.given().items() if k != self.along)
         return f"{title(self.method)} along {self.along}" + (f" ({rest})" if rest else "")
 
 
@@ -111,16 +110,19 @@ def _mean(values: Sequence[float]) -> float:
 
 def trade_off_plane(groups: Sequence[Group], tasks: Sequence[str], subtitle: str = "") -> Figure:
     """What was kept against what was learned: one curve per method along its setting (Fig. 9)."""
-    figure, grid = _figure(8.4, 5.6)
+    all_curves = curves(groups)
+    # Tall enough for the legend: a line of it takes about 0.2 inches.
+    figure, grid = _figure(8.4, max(5.6, 0.2 * len(all_curves) + 0.8))
     axes = grid[0, 0]
     dashes = ("-", "--", ":", "-.")
     drawn: dict[str, int] = {}
     labelled: set[str] = set()
-    for curve in curves(groups):
+    for curve in all_curves:
         line = "none" if curve.along is None else dashes[drawn.get(curve.method, 0) % 4]
         drawn[curve.method] = drawn.get(curve.method, 0) + (curve.along is not None)
         _draw(axes, curve, line)
         _label_points(axes, curve, labelled)
+    tasks = [literal(task) for task in tasks]
     earlier = tasks[0] if len(tasks) == 2 else f"mean of the {len(tasks) - 1} earlier tasks"
     axes.set_xlabel(f"accuracy on the last task, {tasks[-1]} (%)")
     axes.set_ylabel(f"accuracy on {earlier} (%)" if len(tasks) > 1 else "accuracy (%)")
@@ -192,7 +194,7 @@ def accuracy_matrices(groups: Sequence[Group], tasks: Sequence[str]) -> Figure:
     panels = list(grid.flat)
     image = None
     for axes, group in zip(panels, best.values(), strict=False):
-        image = _heat_map(axes, group, tasks)
+        image = _heat_map(axes, group, tasks, int(11 * side))
     for axes in panels[len(best) :]:
         axes.set_visible(False)
     if image is not None:
@@ -209,15 +211,16 @@ def _average(group: Group) -> float:
     return -1.0 if interval is None else interval.mean
 
 
-def _heat_map(axes: Axes, group: Group, tasks: Sequence[str]) -> Any:
+def _heat_map(axes: Axes, group: Group, tasks: Sequence[str], letters: int) -> Any:
     import numpy as np
 
     matrix = group.matrix()
     values = np.array([[np.nan if v is None else v * 100 for v in row] for row in matrix])
     image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="equal")
     axes.set_facecolor("#eeeeee")  # rows that were never trained
-    name = title(group.method) + group.label.removeprefix(group.method)
-    axes.set_title(name, fontsize=8)
+    lines = textwrap.wrap(method_title(group), width=letters)
+    axes.set_title("\n".join(lines), fontsize=7.5)
+    tasks = [literal(task) for task in tasks]
     if len(tasks) <= 10:
         for (t, i), value in np.ndenumerate(values):
             if not np.isnan(value):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stockpot.report.style import title
-from stockpot.report.table import Group, Interval
+from stockpot.report.table import Group, Interval, method_title
 
 __all__ = ["headline"]
 
@@ -24,31 +23,29 @@ def headline(groups: Sequence[Group]) -> str:
         return ""
     best_score, best = free[0]
     first = (
-        f"Without old data, {_name(best)} does best on average over the tasks: "
+        f"Without old data, {method_title(best)} does best on average over the tasks: "
         f"{_percent(best_score)}"
     )
     sequential = next((pair for pair in ranked if pair[1].method == "sequential"), None)
     if sequential and best.method != "sequential":
         first += f", against {_percent(sequential[0])} for sequential fine-tuning"
     first += "."
-    rivals = [pair for pair in free[1:] if pair[1].method != best.method]
-    if not rivals:
+    picked = " Settings were picked on these same scores."
+    if len(free) == len({group.method for _, group in free}):
+        picked = ""
+    if not free[1:]:
         return first
-    rival_score, rival = rivals[0]
-    second = f" The next method is {_name(rival)} with {_percent(rival_score)}"
+    others = [pair for pair in free if pair[1].method != best.method]
+    rival_score, rival = (others or free[1:])[0]
+    kind = "method" if others else "setting"
+    second = f" The next {kind} is {method_title(rival)} with {_percent(rival_score)}"
     if best_score.half_width is None or rival_score.half_width is None:
         second += "; with one seed, no difference can be called real."
     elif best_score.mean - best_score.half_width > rival_score.mean + rival_score.half_width:
         second += "; the intervals do not overlap."
     else:
         second += "; the intervals overlap, so this does not say which of the two is better."
-    if len(free) > len({group.method for _, group in free}):
-        second += " Settings were picked on these same scores."
-    return first + second
-
-
-def _name(group: Group) -> str:
-    return title(group.method) + group.label.removeprefix(group.method)
+    return first + second + picked
 
 
 def _percent(interval: Interval) -> str:

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["METHOD_COLOURS", "METHOD_MARKERS", "METHOD_TITLES", "colour", "marker", "title"]
+__all__ = [
+    "METHOD_COLOURS",
+    "METHOD_MARKERS",
+    "METHOD_TITLES",
+    "colour",
+    "literal",
+    "marker",
+    "title",
+]
 
 # Okabe and Ito (2008), distinguishable with every common colour vision deficiency; methods that
 # share a colour differ in their marker and are rarely drawn as curves together.
@@ -14,7 +22,7 @@ METHOD_COLOURS = {
     "ewc": "#0072B2",
     "rehearsal": "#CC79A7",
     "task-arithmetic": "#56B4E9",
-    "ties": "#7A5195",
+    "ties": "#4B0082",
     "fisher-merging": "#8C6D31",
     "sequential": "#B22222",
     "multitask": "#000000",
@@ -55,6 +63,11 @@ def colour(method: str) -> str:
 def marker(method: str) -> str:
     """The method's marker."""
     return METHOD_MARKERS.get(method, "o")
+
+
+def literal(text: str) -> str:
+    """Text that matplotlib shows as it is, and does not read as mathematics."""
+    return text.replace("$", r"\$")
 
 
 def title(method: str) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stockpot.report.style import title
+
 __all__ = ["COLUMNS", "Column", "Group", "Interval", "group_runs", "to_csv", "to_markdown"]
 
 
@@ -78,6 +80,11 @@ def group_runs(summary: Sequence[dict[str, Any]]) -> list[Group]:
     ]
 
 
+def method_title(group: Group) -> str:
+    """``SFA p=0.25 beta=0.5``: the label with the method's name as a reader would write it."""
+    return title(group.method) + group.label.removeprefix(group.method)
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of the results: where its numbers come from and how they are written."""
@@ -134,10 +141,14 @@ def to_markdown(groups: Sequence[Group], tasks: Sequence[str]) -> str:
     """The whole table in Markdown."""
     columns = (*task_columns(tasks), *COLUMNS)
     head = ["method", *(f"{c.title} ({c.unit})" if c.unit else c.title for c in columns)]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(columns)]
-    for group in groups:
-        lines.append("| " + " | ".join([group.label, *(c.text(group) for c in columns)]) + " |")
+    rows = [[group.label, *(c.text(group) for c in columns)] for group in groups]
+    lines = [_row(head), "|---|" + "---:|" * len(columns), *map(_row, rows)]
     return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    plain = [cell.replace("|", r"\|").replace("\n", " ") for cell in cells]
+    return "| " + " | ".join(plain) + " |"
 
 
 def to_csv(groups: Sequence[Group], tasks: Sequence[str]) -> str:

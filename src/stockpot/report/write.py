@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from stockpot.errors import StockpotError
-from stockpot.files import read_json, space_errors, write_text
+from stockpot.errors import DamagedRecordError, StockpotError
+from stockpot.files import read_json, read_text, space_errors, write_text
 from stockpot.report.figures import accuracy_matrices, save_figure, trade_off_plane
 from stockpot.report.findings import headline
 from stockpot.report.table import COLUMNS, Group, group_runs, task_columns, to_csv, to_markdown
 
-__all__ = ["write_report"]
+__all__ = ["read_summary", "write_report"]
 
 
 def write_report(folder: Path) -> Path:
@@ -30,7 +30,7 @@ def write_report(folder: Path) -> Path:
         raise StockpotError(
             f"{folder} holds no summary.json: it is no run folder, or no run of it is finished yet"
         )
-    summary = read_json(folder / "summary.json")
+    summary = read_summary(folder)
     if not summary:
         raise StockpotError(f"no run in {folder} is finished yet; there is nothing to report")
     groups = group_runs(summary)
@@ -59,6 +59,25 @@ def write_report(folder: Path) -> Path:
     page = _page(folder, summary, groups, tasks, figures, seeds)
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def read_summary(folder: Path) -> list[dict[str, Any]]:
+    """The finished runs of a run folder.
+
+    Raises:
+        DamagedRecordError: if summary.json is not what this program writes.
+    """
+    path = folder / "summary.json"
+    summary = read_json(path)
+    needed = {"method", "label", "settings", "seed", "tasks", "R", "b", "metrics"}
+    if not isinstance(summary, list) or any(
+        not isinstance(run, dict) or not needed <= run.keys() for run in summary
+    ):
+        raise DamagedRecordError(
+            f"{path} is damaged: it is no list of runs, each with {', '.join(sorted(needed))}. The "
+            "`stockpot run` that made the folder writes it again"
+        )
+    return summary
 
 
 def _page(
@@ -98,7 +117,7 @@ def _page(
         columns=columns,
         rows=[[group.label, *(column.text(group) for column in columns)] for group in groups],
         environment=json.dumps(read_json(folder / "environment.json"), indent=2),
-        experiment=(folder / "experiment.yaml").read_text(encoding="utf-8"),
+        experiment=read_text(folder / "experiment.yaml"),
     )
 
 

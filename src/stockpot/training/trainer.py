@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from stockpot.errors import NonFiniteError
-from stockpot.files import sha256, space_errors, write_json
+from stockpot.files import read_tensors, sha256, space_errors, write_json, write_tensors
 from stockpot.methods.base import Method, TaskRun
-from stockpot.models.learner import check_finite
+from stockpot.models.learner import check_finite, copy_weights, load_weights_
 from stockpot.streams.data import TaskData
 from stockpot.training.costs import PeakMemory
 from stockpot.training.settings import TrainingSettings
@@ -320,7 +320,19 @@ class _TaskTrainer(Trainer):
         """Not counted."""
         return 0
 
-    # Checkpoints within a task.
+    # Checkpoints within a task. Weights are written as everywhere in this program, which takes tied
+    # and non-contiguous ones as well; the Trainer's own way refuses them.
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / "model.safetensors", copy_weights(self.run.model))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        weights = read_tensors(Path(resume_from_checkpoint) / "model.safetensors")
+        load_weights_(self.run.model, weights)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.scratch / f"checkpoint-{self.state.global_step}"
@@ -395,7 +407,7 @@ def _arguments(run: TaskRun, settings: TrainingSettings, scratch: Path) -> Train
     schedule = schedules[settings.schedule]
     if settings.warmup and settings.schedule == "constant":
         schedule = "constant_with_warmup"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(scratch),
         max_steps=run.total_steps,
         per_device_train_batch_size=settings.batch_size,
@@ -417,3 +429,7 @@ def _arguments(run: TaskRun, settings: TrainingSettings, scratch: Path) -> Train
         disable_tqdm=True,
         report_to=[],
     )
+    # The settings decide, not what a launcher has left in the environment.
+    names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    arguments.mixed_precision = names[settings.precision]
+    return arguments
