@@ -876,7 +876,8 @@ def test_headline_claims_exactly_what_the_intervals_allow(drawn):
     named = [METHOD_TITLES[method] for method in tops]
     assert any(f"Without old data, {name} number=" in text for name in named)
     if sum(np.mean(values) > top - 1e-9 for _, values in free) > 1:
-        assert APART not in text
+        # Which of the equals is named is not for this test to say; equal methods are not apart.
+        assert len(tops) == 1 or APART not in text
         return
     best = max(free, key=lambda pair: np.mean(pair[1]))
     # The rival is the best of another method, or of the same method's other settings.
