@@ -457,3 +457,11 @@ class _Interrupter:
     def run_begins(self, run, finished):
         if run.method.name == "sfa":
             raise KeyboardInterrupt
+
+
+def test_several_processes_are_refused(made, tmp_path, monkeypatch):
+    path, _ = made
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        run_file(path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

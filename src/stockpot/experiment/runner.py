@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -75,6 +76,11 @@ def run_experiment(
         StockpotError: if nothing can go on: another experiment's folder, a damaged record, a full
             disk.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "this release trains each run in one process; start `stockpot run` without torchrun or "
+            "accelerate launch"
+        )
     if experiment.training.threads is not None:
         torch.set_num_threads(experiment.training.threads)
     stream = experiment.stream.load() if stream is None else stream
