@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PrivateAttr
@@ -11,14 +13,14 @@ from stockpot.methods.base import Method, TaskRun
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Penalty"]
+__all__ = ["Penalty", "Term", "inner", "make_terms"]
 
 
 class Penalty(Method):
     """Loss + strength * penalty(theta - theta_o), where theta_o is the previous task's model.
 
-    The penalty's gradient is written down, not found by autograd, and worked out on all parameters
-    laid end to end: a handful of operations a step, however many tensors the model has.
+    The penalty's gradient is written down, not found by autograd: a few operations per tensor and
+    step, in memory that is used again at every step. It needs theta_o and room for two tensors.
     """
 
     curve: ClassVar[str | None] = "strength"
@@ -28,40 +30,74 @@ class Penalty(Method):
         1.0, ge=0, allow_inf_nan=False, description="weight of the penalty in the loss (lambda)"
     )
 
-    _weights: list[Any] = PrivateAttr(default_factory=list)
-    _anchor: Any = PrivateAttr(None)
-    """theta_o, all parameters end to end."""
-    _difference: Any = PrivateAttr(None)
-    """theta - theta_o in the same layout; written anew at every step."""
+    _terms: list[Term] = PrivateAttr(default_factory=list)
+    """One per trainable tensor; empty on the first task, which has nothing to pull towards."""
 
     def start_task(self, run: TaskRun) -> None:
         """Go on from the previous task's weights and pull towards them."""
-        import torch
-
-        from stockpot.arithmetic import wide
         from stockpot.averaging.weights import trainable_weights
 
         super().start_task(run)
-        self._weights = list(trainable_weights(run.model).values()) if run.stage else []
-        if self._weights:
-            self._anchor = torch.cat([wide(weight.detach()).flatten() for weight in self._weights])
-            self._difference = torch.empty_like(self._anchor)
+        self._terms = make_terms(trainable_weights(run.model)) if run.stage else []
 
-    def _subtract_anchor(self) -> Tensor:
-        """Work out theta - theta_o in the same memory every time: fresh memory costs faults."""
+
+@dataclass(slots=True)
+class Term:
+    """One tensor's part of a penalty. Tensors of one size and kind share their working memory."""
+
+    name: str
+    weight: Any
+    """The parameter, whose gradient the penalty adds to."""
+    theta: Any
+    """The same memory, outside autograd."""
+    anchor: Any
+    """theta_o, in the precision to compute in."""
+    difference: Any
+    """theta - theta_o, written anew by ``subtract``."""
+    pull: Any
+    """Room for the penalty's gradient."""
+
+    def subtract(self) -> Tensor:
+        """Work out ``theta - theta_o``."""
         import torch
 
-        flat = [weight.detach().view(-1) for weight in self._weights]
-        difference: Tensor = torch.cat(flat, out=self._difference)
-        return difference.sub_(self._anchor)
+        result: Tensor = torch.sub(self.theta, self.anchor, out=self.difference)
+        return result
 
-    def _add_to_gradients(self, pull: Tensor, factor: float) -> None:
-        """``gradient += factor * pull``, for every parameter its stretch of ``pull``."""
-        import torch
+    def add_to_gradient(self, pull: Tensor, factor: float) -> None:
+        """``gradient += factor * pull``; a weight that the loss did not reach gets a gradient."""
+        if self.weight.grad is None:
+            self.weight.grad = self.theta.new_zeros(self.theta.shape)
+        self.weight.grad.add_(pull, alpha=factor)
 
-        for weight in self._weights:
-            if weight.grad is None:  # not reached by the loss, but the penalty reaches it
-                weight.grad = torch.zeros_like(weight)
-        stretches = pull.split([weight.numel() for weight in self._weights])
-        for weight, stretch in zip(self._weights, stretches, strict=True):
-            weight.grad.add_(stretch.view_as(weight), alpha=factor)
+
+def make_terms(weights: Mapping[str, Any]) -> list[Term]:
+    """Terms that pull towards the weights as they are now.
+
+    Working memory is taken once, of the largest tensor's size: fresh blocks at every step cost page
+    faults.
+    """
+    import torch
+
+    from stockpot.arithmetic import wide
+
+    anchors = {name: wide(w.detach()).clone().contiguous() for name, w in weights.items()}
+    largest: dict[Any, int] = {}
+    for anchor in anchors.values():
+        kind = (anchor.dtype, anchor.device)
+        largest[kind] = max(largest.get(kind, 0), anchor.numel())
+    room = {
+        kind: torch.empty(2, size, dtype=kind[0], device=kind[1]) for kind, size in largest.items()
+    }
+    terms = []
+    for name, weight in weights.items():
+        anchor = anchors[name]
+        first, second = room[anchor.dtype, anchor.device][:, : anchor.numel()]
+        views = first.view(anchor.shape), second.view(anchor.shape)
+        terms.append(Term(name, weight, weight.detach(), anchor, *views))
+    return terms
+
+
+def inner(left: Tensor, right: Tensor) -> Tensor:
+    """Sum of the products of two tensors of one shape."""
+    return left.view(-1).dot(right.view(-1))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from stockpot.methods._penalty import Penalty
+from stockpot.methods._penalty import Penalty, inner
 from stockpot.methods.base import TaskRun
 
 if TYPE_CHECKING:
@@ -37,44 +37,33 @@ class EWC(Penalty):
         2000, ge=1, description="examples of the finished task for its Fisher values; null: all"
     )
 
-    _precision: Any = PrivateAttr(None)
-    """strength * F, summed over the past tasks, all parameters end to end."""
-    _pull: Any = PrivateAttr(None)
-    _offset: float = PrivateAttr(0.0)
+    _precision: list[Any] = PrivateAttr(default_factory=list)
+    """strength * F, summed over the past tasks, one per term."""
+    _offset: Any = PrivateAttr(0.0)
 
     def start_task(self, run: TaskRun) -> None:
         """Load the sum of all past tasks' penalties, itself one quadratic form."""
-        import torch
-
-        from stockpot.averaging.weights import trainable_weights
-
         super().start_task(run)
         past = run.memory.load("ewc")
-        self._precision = None
+        self._precision = []
         if past is not None:
-            names = list(trainable_weights(run.model))
-            flat = {
-                part: torch.cat([past[f"{part}.{name}"].flatten() for name in names]).to(
-                    self._anchor
-                )
-                for part in ("precision", "centre")
-            }
-            self._precision = self.strength * flat["precision"]
-            self._anchor = flat["centre"]
-            self._pull = torch.empty_like(self._precision)
-            self._offset = self.strength * float(past["offset"])
+            for term in self._terms:
+                term.anchor.copy_(past[f"centre.{term.name}"])
+                precision = past[f"precision.{term.name}"].to(term.anchor)
+                self._precision.append(self.strength * precision)
+            self._offset = (self.strength * past["offset"]).to(self._terms[0].anchor)
 
     def before_step(self, run: TaskRun) -> Tensor | None:
         """Add ``strength * F * (theta - centre)`` to the gradient."""
         import torch
 
-        if self._precision is None:
-            return None
-        difference = self._subtract_anchor()
-        pull = torch.mul(self._precision, difference, out=self._pull)
-        self._add_to_gradients(pull, run.loss_scale)
-        energy: Tensor = pull.dot(difference) + self._offset
-        return energy / 2
+        energy = self._offset
+        for term, precision in zip(self._terms, self._precision, strict=False):
+            difference = term.subtract()
+            pull = torch.mul(precision, difference, out=term.pull)
+            term.add_to_gradient(pull, run.loss_scale)
+            energy = energy + inner(pull, difference)
+        return energy / 2 if self._precision else None
 
     def end_task(self, run: TaskRun) -> None:
         """Add this task's Fisher values and weights to the penalty of the tasks to come."""

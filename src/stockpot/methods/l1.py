@@ -21,9 +21,9 @@ class L1(Penalty):
 
     def before_step(self, run: TaskRun) -> Tensor | None:
         """Add ``strength * sign(theta - theta_o)`` to the gradient (0 where they are equal)."""
-        if not self._weights:
-            return None
-        difference = self._subtract_anchor()
-        value = self.strength * difference.abs().sum()
-        self._add_to_gradients(difference.sign_(), self.strength * run.loss_scale)
-        return value
+        parts = []
+        for term in self._terms:
+            difference = term.subtract()
+            parts.append(difference.abs().sum())
+            term.add_to_gradient(difference.sign_(), self.strength * run.loss_scale)
+        return self.strength * sum(parts[1:], parts[0]) if parts else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from stockpot.methods._penalty import Penalty
+from stockpot.methods._penalty import Penalty, inner
 from stockpot.methods.base import TaskRun
 
 if TYPE_CHECKING:
@@ -21,8 +21,9 @@ class L2(Penalty):
 
     def before_step(self, run: TaskRun) -> Tensor | None:
         """Add ``strength * (theta - theta_o)`` to the gradient."""
-        if not self._weights:
-            return None
-        difference = self._subtract_anchor()
-        self._add_to_gradients(difference, self.strength * run.loss_scale)
-        return self.strength / 2 * difference.dot(difference)
+        parts = []
+        for term in self._terms:
+            difference = term.subtract()
+            term.add_to_gradient(difference, self.strength * run.loss_scale)
+            parts.append(inner(difference, difference))
+        return self.strength / 2 * sum(parts[1:], parts[0]) if parts else None
