@@ -406,7 +406,7 @@ def test_changed_model_code_does_not_go_on_silently(made, tmp_path, own_model):
     ("extra", "message"),
     [
         ("raise ValueError('no')", "failed when called with image_shape"),
-        ("labels = 9", r"needs \(2, 2\)"),
+        ("labels = 9", r"needs \(16, 2\)"),
         ("return nn.Sequential(nn.Flatten(), nn.Linear(3, labels))", "the model fails on images"),
         ("return nn.Flatten()", "no trainable parameters"),
     ],

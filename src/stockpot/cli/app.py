@@ -65,3 +65,6 @@ def main() -> None:
     except StockpotError as error:
         complain(str(error))
         sys.exit(1)
+    except OSError as error:
+        complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        sys.exit(1)

@@ -24,6 +24,8 @@ class Kind(StrEnum):
     models = "models"
     methods = "methods"
     training = "training"
+    evaluation = "evaluation"
+    record = "record"
 
 
 def list_(
@@ -68,6 +70,7 @@ def list_(
 
 
 def _sections() -> dict[str, dict[str, type[BaseModel]]]:
+    from stockpot.experiment.config import EvaluationSettings, RecordSettings
     from stockpot.methods import METHODS
     from stockpot.models import MODELS
     from stockpot.streams import STREAMS
@@ -78,6 +81,8 @@ def _sections() -> dict[str, dict[str, type[BaseModel]]]:
         "models": dict(MODELS),
         "methods": dict(METHODS),
         "training": {"training": TrainingSettings},
+        "evaluation": {"evaluation": EvaluationSettings},
+        "record": {"record": RecordSettings},
     }
 
 

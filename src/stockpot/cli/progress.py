@@ -92,6 +92,8 @@ class BarObserver(Observer):
     def stage_ends(self, run: Run, stage: Stage, trained: bool, scores: list[float]) -> None:
         """One task further; show the scores."""
         assert self._tasks is not None
+        assert self._steps is not None
+        self._progress.update(self._steps, completed=stage.steps)
         shown = " ".join(f"{score * 100:.0f}" for score in scores[:8])
         self._progress.update(self._tasks, advance=1, detail=f"scores {shown} %")
 

@@ -19,6 +19,7 @@ def report(
 ) -> None:
     """Write the tables, figures and report.html of a run folder again, and print the table."""
     from rich.console import Console
+    from rich.markup import escape
 
     from stockpot.cli.table import print_results
     from stockpot.report.write import read_summary, write_report
@@ -31,4 +32,4 @@ def report(
         typer.echo(json.dumps(summary, indent=2))
         return
     print_results(summary)
-    console.print(f"Report: [bold]{page}[/]")
+    console.print(f"Report: [bold]{escape(str(page))}[/]")

@@ -90,12 +90,15 @@ def _quiet_libraries() -> None:
 
     datasets.disable_progress_bars()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     del transformers
 
 
 def _run(
     experiment: Experiment, stream: Stream, console: Console, as_json: bool, quiet: bool
 ) -> None:
+    from rich.markup import escape
+
     from stockpot.cli.output import complain
     from stockpot.cli.progress import progress_observer
     from stockpot.cli.table import print_results
@@ -118,7 +121,9 @@ def _run(
     elif not quiet:
         print_results(outcome.summary)
         if page is not None:
-            console.print(f"Report: [bold]{page}[/]  (figures, tables and records beside it)")
+            console.print(
+                f"Report: [bold]{escape(str(page))}[/]  (figures, tables and records beside it)"
+            )
     if outcome.failures:
         for run_id, reason in outcome.failures.items():
             complain(reason, head=f"failed: {run_id}")
@@ -162,7 +167,7 @@ def _dry_run(experiment: Experiment, stream: Stream, as_json: bool) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for title, justify in (("run", "left"), ("steps", "right"), ("to train", "right")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
     table.add_column("trained already by an earlier run")
     for row in rows:
         table.add_row(

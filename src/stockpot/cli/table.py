@@ -31,7 +31,7 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
     tasks = summary[0]["tasks"]
     columns: list[Column] = [*(task_columns(tasks) if len(tasks) <= _MOST_TASKS else ()), *COLUMNS]
     left_out = []
-    for key in _DISPENSABLE:
+    for key in (*_DISPENSABLE, *(f"final.{task}" for task in tasks)):
         if _width(console, groups, columns) <= console.width:
             break
         left_out += [column.title for column in columns if column.key == key]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stockpot.errors import NonFiniteError
 from stockpot.models.learner import Learner, evaluating
 from stockpot.streams.data import TaskData
 
@@ -38,6 +39,11 @@ def accuracy(
             batch = data.__getitems__(rows)
             allowed = None if batch["allowed"] is None else batch["allowed"].to(device)
             logits = learner.logits(batch["pixel_values"].to(device), allowed)
+            if bool(logits.isnan().any()):
+                raise NonFiniteError(
+                    "the model gives logits that are not a number and cannot be scored. Its "
+                    "weights are finite, so look at its normalisation statistics"
+                )
             correct += int((logits.argmax(dim=-1) == batch["labels"].to(device)).sum())
     value = correct / len(data)
     return Score(value, len(data), (value * (1 - value) / len(data)) ** 0.5)

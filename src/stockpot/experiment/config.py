@@ -28,7 +28,7 @@ class EvaluationSettings(BaseModel):
     """How models are scored."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    batch_size: int = Field(1000, ge=1, description="examples scored at a time")
+    batch_size: int = Field(1000, ge=1, le=2**31, description="examples scored at a time")
 
 
 class RecordSettings(BaseModel):
@@ -72,15 +72,11 @@ class Experiment:
             "name": self.name,
             **self.common(),
             "record": self.record.model_dump(mode="json"),
-            "methods": [{"name": method.name, **_given(method)} for method in self.methods],
+            "methods": [{"name": method.name, **method.settings()} for method in self.methods],
             "seeds": list(self.seeds),
             "output": str(self.output),
         }
         return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
-
-
-def _given(method: Method) -> dict[str, Any]:
-    return {key: value for key, value in method.settings().items() if value is not None}
 
 
 _KEYS = (
@@ -206,6 +202,7 @@ class _Checker:
             self.problem(at, f"{value!r} is no mapping (valid keys: {', '.join(_valid(kind))})")
             return None
         count = len(self.problems)
+        value = {key: _unbool(kind, key, item) for key, item in value.items()}
         for key, item in value.items():
             if isinstance(item, bool) and key in kind.model_fields and not _allows_bool(kind, key):
                 self.problem((*at, key), f"{item} is not a number or a name")
@@ -223,10 +220,13 @@ class _Checker:
         if isinstance(seeds, int) and not isinstance(seeds, bool):
             seeds = [seeds]
         good = isinstance(seeds, list) and all(
-            isinstance(seed, int) and not isinstance(seed, bool) and seed >= 0 for seed in seeds
+            isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**32
+            for seed in seeds
         )
         if not good or not seeds or len(set(seeds)) != len(seeds):
-            self.problem(("seeds",), f"{seeds!r} is no list of different whole numbers, 0 or more")
+            self.problem(
+                ("seeds",), f"{seeds!r} is no list of different whole numbers from 0 to 2**32 - 1"
+            )
             return ()
         return tuple(seeds)
 
@@ -252,7 +252,7 @@ class _Checker:
             self.problem(at, f"{item!r} has no name (valid: {', '.join(METHODS)})")
             return []
         name = item["name"]
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             self.problem((*at, "name"), f"unknown method {name!r}{nearest(str(name), METHODS)}")
             return []
         axes = {key: value for key, value in item.items() if key != "name"}
@@ -277,6 +277,15 @@ class _Checker:
 
 def _same(one: Method, other: Method) -> bool:
     return one.name == other.name and one.settings() == other.settings()
+
+
+def _unbool(kind: type[BaseModel], key: str, value: Any) -> Any:
+    """``labels: true`` means the word: YAML reads it as a truth value."""
+    if isinstance(value, bool) and key in kind.model_fields:
+        word = str(value).lower()
+        if word in typing.get_args(kind.model_fields[key].annotation):
+            return word
+    return value
 
 
 def _valid(kind: type[BaseModel]) -> list[str]:

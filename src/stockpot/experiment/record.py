@@ -38,6 +38,7 @@ __all__ = ["Record"]
 
 _LOGS = ("merges", "scores", "stages")
 _STAGES = "stages"
+_HASH_AT_START = 64 * 2**20
 
 
 class Record:
@@ -68,8 +69,11 @@ class Record:
         """
         described = self.folder / "experiment.json"
         remove_scratch(self.folder)
-        if described.exists():
+        log = self.folder / "stages.jsonl"
+        if described.exists() and log.exists() and log.stat().st_size:
             held = read_json(described)
+            if not isinstance(held, dict):
+                raise DamagedRecordError(f"{described} is damaged: it holds no experiment")
             self._check_same(held, experiment)
             if held.get("data") != data:
                 raise ConfigError(
@@ -77,6 +81,9 @@ class Record:
                     "was made with: the data set or how it is read has changed. Choose another "
                     "folder with --output"
                 )
+        else:  # nothing finished yet, so nothing to contradict
+            (self.folder / "start.json").unlink(missing_ok=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
         # First of all: a folder with this file is a record.
         write_json(
             described,
@@ -97,7 +104,7 @@ class Record:
             StockpotError: if another process is working in it.
         """
         described = self.folder / "experiment.json"
-        if self.folder.exists() and not described.exists():
+        if self.folder.is_dir() and not described.exists():
             strange = [path.name for path in self.folder.iterdir() if path.name[0] != "."]
             if strange:
                 raise ConfigError(
@@ -171,7 +178,9 @@ class Record:
                 value = json.loads(line)
                 if not {"run", "stage"} <= value.keys():
                     raise ValueError("no run and stage")
-            except (ValueError, AttributeError, TypeError) as error:
+                if name == "scores" and not isinstance(value["value"], int | float):
+                    raise ValueError(f"the value {value['value']!r} is no number")
+            except (ValueError, AttributeError, TypeError, KeyError) as error:
                 raise DamagedRecordError(
                     f"{path}:{number}: damaged line ({error}). Restore the file, or delete "
                     f"{self.folder} to run the experiment again"
@@ -214,6 +223,18 @@ class Record:
                 "with --output"
             )
         write_json(path, held)
+
+    def check_stage(self, run: str, stage: int, key: str) -> None:
+        """Refuse to take a finished stage for what other settings would give.
+
+        Raises:
+            ConfigError: if its content key is another.
+        """
+        if self._stages[run, stage].get("key") != key:
+            raise ConfigError(
+                f"run {run!r} in {self.folder} was made with other settings or by another version "
+                "than would make it now. Choose another folder with --output"
+            )
 
     # Reading.
 
@@ -288,11 +309,27 @@ class Record:
         self._append(_STAGES, [stage])
         self._stages[stage["run"], stage["stage"]] = stage
 
+    def _check_manifest(self, folder: Path, manifest: dict[str, Any]) -> None:
+        """A finished run's files are there and are those that were written."""
+        for name, entry in manifest.items():
+            path = folder / name
+            if not path.is_file():
+                raise DamagedRecordError(f"{path} is missing from the record")
+            size = path.stat().st_size
+            # Hashing many large models at every start would cost more than it is worth.
+            small = size <= _HASH_AT_START
+            if size != entry["bytes"] or (small and sha256(path) != entry["sha256"]):
+                raise DamagedRecordError(
+                    f"{path} is not the file that was written (the manifest has another size or "
+                    f"SHA-256). Restore it, or delete {self.folder} to run the experiment again"
+                )
+
     def finish_run(self, run: str, stages: int, keep: str) -> None:
         """Leave the weights that are to be kept, with a manifest of their hashes."""
         folder = self.run_folder(run)
         manifest_file = folder / "manifest.json"
         if manifest_file.exists():
+            self._check_manifest(folder, read_json(manifest_file))
             return
         last = stages - 1
         manifest: dict[str, Any] = {}

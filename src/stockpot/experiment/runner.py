@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from stockpot.experiment.plan import Plan, Run, Stage, make_plan
 from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
 from stockpot.experiment.summary import write_summary
+from stockpot.files import write_text
 from stockpot.methods.base import Memory, Method, TaskRun
 from stockpot.models.learner import (
     Learner,
@@ -39,7 +41,7 @@ from stockpot.training.trainer import Trained, choose_device, train_task
 __all__ = ["Outcome", "run_experiment"]
 
 
-_SUMMARY_SECONDS = 10.0
+_SUMMARY_SECONDS = 2.0
 """How old summary.json may be while an experiment runs, so that a report can be had meanwhile."""
 
 
@@ -115,17 +117,17 @@ class _Runner:
         gc.freeze()
         self.observer.experiment_begins(self.plan, tuple(t.name for t in self.stream.tasks))
         failures: dict[str, str] = {}
-        said = time.monotonic()
+        said: float | None = None
         try:
             for run in self.plan.runs:
                 try:
                     self._run(run)
-                except StockpotError as error:
-                    if not _concerns_one_run(error):
-                        raise
-                    failures[run.id] = str(error)
+                except (ConfigError, DamagedRecordError, DiskFullError, OSError):
+                    raise  # these concern all runs
+                except Exception as error:  # a method, a model or a library: the others go on
+                    failures[run.id] = self._failure(run, error)
                     self.observer.run_failed(run, error)
-                if time.monotonic() - said > _SUMMARY_SECONDS:
+                if said is None or time.monotonic() - said > _SUMMARY_SECONDS:
                     said = time.monotonic()
                     write_summary(self.record, self.plan, self.stream)
         except KeyboardInterrupt:
@@ -139,11 +141,21 @@ class _Runner:
         shutil.rmtree(self.record.scratch, ignore_errors=True)
         return Outcome(self.record.folder, summary, failures)
 
+    def _failure(self, run: Run, error: Exception) -> str:
+        """What to say of a run that failed; of errors not our own a traceback is kept."""
+        if isinstance(error, StockpotError):
+            return str(error)
+        path = self.record.run_folder(run.id) / "error.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(traceback.format_exception(error)))
+        return f"{type(error).__name__}: {error} (where: {path})"
+
     def _run(self, run: Run) -> None:
         """One run, from its first unfinished stage."""
         done = self.record.finished(run.id)
         self.observer.run_begins(run, done)
         for stage in run.stages[:done]:
+            self.record.check_stage(run.id, stage.number, stage.deployed)
             self.prefixes.used(stage.trained)
         if done < len(run.stages):
             self._start_from(run.seed)
@@ -159,11 +171,18 @@ class _Runner:
         if self.start_seed == seed and self.learner is not None:
             return
         set_seed(seed)
-        self.learner = self.experiment.model.build(self.stream)
-        self.learner.module.to(self.device)
-        check_learner(self.learner, self.stream, self.device)
+        try:
+            self.learner = self.experiment.model.build(self.stream)
+            self.learner.module.to(self.device)
+        except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
+            raise ConfigError(
+                f"the model cannot be built: {type(error).__name__}: {error}. See the settings "
+                "under model:"
+            ) from error
+        logits = check_learner(self.learner, self.stream, self.device)
         self.start, self.start_seed = copy_weights(self.learner.module), seed
-        self.record.check_start(seed, fingerprint(self.start))
+        # With what they answer: the same weights in another architecture are another start.
+        self.record.check_start(seed, fingerprint({**self.start, "logits of theta_0": logits}))
         self.scored.clear()
 
     def _stage(
@@ -203,6 +222,7 @@ class _Runner:
                 (deployed[name] for name in shared), (previous[name] for name in shared)
             ),
             "losses": trained.losses,
+            "key": stage.deployed,
             "sha256": digest,
         }
         self.record.finish_stage(
@@ -316,8 +336,3 @@ class _Runner:
     def _forget_weights(self, run: Run, stage: Stage) -> None:
         if self.experiment.record.weights != "all" and stage.number:
             self.record.stage_file(run.id, stage.number - 1).unlink(missing_ok=True)
-
-
-def _concerns_one_run(error: StockpotError) -> bool:
-    """Whether other runs can go on: true of a run that diverged, not of a full disk."""
-    return not isinstance(error, ConfigError | DamagedRecordError | DiskFullError)

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from stockpot.errors import ConfigError
+from stockpot.models import expand_model
 
 __all__ = ["Lines", "apply_override", "read_yaml"]
 
@@ -30,14 +31,17 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no valid YAML: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError(
             f"{path} must hold 'stream:', 'model:', 'methods:' and so on, not "
             f"{type(value).__name__}; `stockpot run --help` shows an example"
         )
-    return value, dict(_places(root, (), path))
+    try:
+        return value, dict(_places(root, (), path))
+    except RecursionError as error:
+        raise ConfigError(f"{path} refers to itself by an alias") from error
 
 
 def _places(node: Any, at: tuple[Key, ...], path: Path) -> Iterator[tuple[tuple[Key, ...], str]]:
@@ -74,7 +78,7 @@ def apply_override(values: dict[str, Any], places: Lines, override: str) -> None
         raise ConfigError(f"{override!r} is no override: write key=value, as in training.epochs=1")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{override!r}: the value is no valid YAML: {error}") from error
     here: Any = values
     keys = path.split(".")
@@ -96,8 +100,10 @@ def apply_override(values: dict[str, Any], places: Lines, override: str) -> None
                 here[key] = value
                 break
             if isinstance(here.get(key), str):
-                here[key] = {"name": here[key]}
-            here = here.setdefault(key, {})
+                here[key] = expand_model(here[key]) if key == "model" else {"name": here[key]}
+            if here.get(key) is None:
+                here[key] = {}
+            here = here[key]
         else:
             raise ConfigError(f"{override!r}: {'.'.join(keys[:position])} has no parts to set")
     at = tuple(resolved)

@@ -27,10 +27,26 @@ class Experts(Method):
         experts = [*run.memory.load_all("expert"), expert]
         if not run.last:
             run.memory.save("expert", expert)
-        run.load(self.merge(run, experts))
+        run.load(self._merge_all(run, experts))
 
-    def merge(self, run: TaskRun, experts: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
-        """The merge rule."""
+    def _merge_all(self, run: TaskRun, experts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Parameters by the merge rule; buffers, which no task vector may add to, by their mean.
+
+        Integer buffers such as counters are those of the last expert.
+        """
+        from stockpot.merging.rules import linear
+
+        trained = {name for name, _ in run.model.named_parameters()}
+        weights = [{n: w for n, w in expert.items() if n in trained} for expert in experts]
+        buffers = [{n: w for n, w in expert.items() if n not in trained} for expert in experts]
+        start = {name: weight for name, weight in run.start.items() if name in trained}
+        averaged = linear(buffers) if buffers[0] else {}
+        return {**self.merge(start, weights), **averaged}
+
+    def merge(
+        self, start: Mapping[str, Tensor], experts: list[dict[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """The merge rule, on parameters."""
         raise NotImplementedError(f"{type(self).__name__}.merge")
 
     def training_identity(self, stage: int) -> dict[str, Any]:

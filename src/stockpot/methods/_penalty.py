@@ -27,7 +27,11 @@ class Penalty(Method):
     headline: ClassVar[tuple[str, ...]] = ("strength",)
 
     strength: float = Field(
-        1.0, ge=0, allow_inf_nan=False, description="weight of the penalty in the loss (lambda)"
+        1.0,
+        ge=0,
+        le=1e38,
+        allow_inf_nan=False,
+        description="weight of the penalty in the loss (lambda)",
     )
 
     _terms: list[Term] = PrivateAttr(default_factory=list)

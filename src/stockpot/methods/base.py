@@ -24,8 +24,13 @@ __all__ = ["Memory", "Method", "TaskRun", "short"]
 
 
 def short(value: Any) -> str:
-    """A setting's value as names and figures give it."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """A setting's value as names and figures give it: short, but never another value's."""
+    if value is None:
+        return "null"
+    if not isinstance(value, float):
+        return str(value)
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 class Memory:
@@ -171,8 +176,8 @@ class Method(BaseModel):
         return {
             name: getattr(self, name)
             for name, field in type(self).model_fields.items()
-            if getattr(self, name) is not None
-            and (name in self.headline or getattr(self, name) != field.default)
+            if getattr(self, name) != field.default
+            or (name in self.headline and getattr(self, name) is not None)
         }
 
     @property

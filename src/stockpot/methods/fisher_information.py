@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,11 +90,9 @@ def _accumulate(
         for label, weight in _labels(labels, batch["labels"], probabilities, generator):
             if not bool((weight > 0).any()):
                 continue
-            per_example = vmap(
-                grad(log_likelihood),
-                in_dims=(None, 0, None if allowed is None else 0, 0),
-                randomness="same",
-            )(parameters, pixels, allowed, label.to(device))
+            per_example = _per_example(
+                grad(log_likelihood), parameters, pixels, allowed, label.to(device)
+            )
             for name, gradient in per_example.items():
                 # einsum squares and sums without a second copy of the gradients.
                 flat = gradient.float().reshape(len(label), -1)
@@ -102,6 +100,31 @@ def _accumulate(
                     totals[name]
                 )
     return {name: total / len(chosen) for name, total in totals.items()}
+
+
+def _per_example(
+    gradient: Any,
+    parameters: dict[str, Tensor],
+    pixels: Tensor,
+    allowed: Tensor | None,
+    label: Tensor,
+) -> dict[str, Tensor]:
+    """The gradient at every example, stacked: at once, or one by one where vmap cannot.
+
+    Recurrent layers and forwards that look at their data cannot be vectorised.
+    """
+    in_dims = (None, 0, None if allowed is None else 0, 0)
+    try:
+        result: dict[str, Tensor] = vmap(gradient, in_dims=in_dims, randomness="same")(
+            parameters, pixels, allowed, label
+        )
+    except RuntimeError:  # of many kinds; what is wrong otherwise fails below as well
+        rows = [
+            gradient(parameters, pixels[n], None if allowed is None else allowed[n], label[n])
+            for n in range(len(label))
+        ]
+        result = {name: torch.stack([row[name] for row in rows]) for name in parameters}
+    return result
 
 
 def _labels(

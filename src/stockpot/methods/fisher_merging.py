@@ -33,7 +33,12 @@ class FisherMerging(Experts):
     samples: int | None = Field(
         2000, ge=1, description="examples per task for its Fisher values; null: all"
     )
-    floor: float = Field(1e-6, gt=0, description="smallest Fisher value, so that no weight is 0/0")
+    floor: float = Field(
+        1e-6,
+        ge=1e-30,
+        allow_inf_nan=False,
+        description="smallest Fisher value, so that no weight is 0/0",
+    )
     normalize: bool = Field(
         False, description="divide each expert's Fisher values by their norm over the model"
     )
@@ -53,12 +58,14 @@ class FisherMerging(Experts):
             run.memory.save("fisher", fisher)
         super().end_task(run)
 
-    def merge(self, run: TaskRun, experts: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Weight by Fisher values; buffers, which have none, are averaged."""
+    def merge(
+        self, start: Mapping[str, Tensor], experts: list[dict[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Weight by Fisher values; parameters that do not train have none and are averaged."""
         from stockpot.merging.rules import fisher, linear
 
         measured = set(self._fishers[0])
         weights = [{n: w for n, w in e.items() if n in measured} for e in experts]
-        others = [{n: w for n, w in e.items() if n not in measured} for e in experts]
+        frozen = [{n: w for n, w in e.items() if n not in measured} for e in experts]
         merged = fisher(weights, self._fishers, floor=self.floor, normalize=self.normalize)
-        return {**merged, **(linear(others) if others[0] else {})}
+        return {**merged, **(linear(frozen) if frozen[0] else {})}

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from stockpot.methods._experts import Experts
-from stockpot.methods.base import TaskRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +24,17 @@ class TaskArithmetic(Experts):
     headline: ClassVar[tuple[str, ...]] = ("scale",)
 
     scale: float = Field(
-        0.5, allow_inf_nan=False, description="factor of the summed task vectors (lambda)"
+        0.5,
+        ge=-1e6,
+        le=1e6,
+        allow_inf_nan=False,
+        description="factor of the summed task vectors (lambda)",
     )
 
-    def merge(self, run: TaskRun, experts: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
+    def merge(
+        self, start: Mapping[str, Tensor], experts: list[dict[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
         """Add the scaled task vectors."""
         from stockpot.merging.rules import task_arithmetic
 
-        return task_arithmetic(run.start, experts, scale=self.scale)
+        return task_arithmetic(start, experts, scale=self.scale)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from stockpot.methods._experts import Experts
-from stockpot.methods.base import TaskRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,16 +31,22 @@ class Ties(Experts):
         0.2, gt=0, le=1, description="share of each task vector's entries that the trim keeps"
     )
     scale: float = Field(
-        1.0, allow_inf_nan=False, description="factor of the merged task vector (lambda)"
+        1.0,
+        ge=-1e6,
+        le=1e6,
+        allow_inf_nan=False,
+        description="factor of the merged task vector (lambda)",
     )
     per_tensor: bool = Field(False, description="trim within each tensor, not over the whole model")
 
-    def merge(self, run: TaskRun, experts: list[dict[str, Tensor]]) -> Mapping[str, Tensor]:
+    def merge(
+        self, start: Mapping[str, Tensor], experts: list[dict[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
         """Trim, elect, merge."""
         from stockpot.merging.rules import ties
 
         return ties(
-            run.start,
+            start,
             experts,
             density=self.density,
             scale=self.scale,

@@ -55,7 +55,13 @@ def load_image_classifier(
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    return Learner(module, partial(_preprocess, **_processing(source, revision, config)))
+    try:
+        processing = _processing(source, revision, config)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"the preprocessor_config.json of {source!r} cannot be used: {error}"
+        ) from error
+    return Learner(module, partial(_preprocess, **processing))
 
 
 def _check_body(source: str, module: Any, loaded: dict[str, Any]) -> None:

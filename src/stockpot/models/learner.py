@@ -153,15 +153,15 @@ def load_weights_(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         tensor.copy_(weights[name])
 
 
-def check_learner(learner: Learner, stream: Stream, device: torch.device) -> None:
-    """Try the model on two images before anything is trained.
+def check_learner(learner: Learner, stream: Stream, device: torch.device) -> Tensor:
+    """Try the model on some images before anything is trained; returns their logits.
 
     Raises:
         ConfigError: if it has nothing to train, fails, or gives logits of another shape.
     """
     if not any(p.requires_grad for p in learner.module.parameters()):
         raise ConfigError("the model has no trainable parameters: there is nothing to fine-tune")
-    rows = torch.arange(min(2, len(stream.tasks[0].train)))
+    rows = torch.arange(min(16, len(stream.tasks[0].train)))
     images = stream.tasks[0].train.__getitems__(rows)["pixel_values"].to(device)
     with evaluating(learner.module), torch.no_grad():
         try:
@@ -176,6 +176,7 @@ def check_learner(learner: Learner, stream: Stream, device: torch.device) -> Non
             f"the model gives logits of shape {tuple(logits.shape)} for {len(rows)} images; this "
             f"stream needs {(len(rows), stream.labels)}, one for each of its {stream.labels} labels"
         )
+    return logits
 
 
 def check_finite(module: nn.Module, where: str) -> None:

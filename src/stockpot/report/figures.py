@@ -213,6 +213,7 @@ def _average(group: Group) -> float:
 
 def _heat_map(axes: Axes, group: Group, tasks: Sequence[str], letters: int) -> Any:
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     matrix = group.matrix()
     values = np.array([[np.nan if v is None else v * 100 for v in row] for row in matrix])
@@ -237,6 +238,8 @@ def _heat_map(axes: Axes, group: Group, tasks: Sequence[str], letters: int) -> A
         axes.set_yticks(range(len(tasks)), tasks, fontsize=7)
     else:
         axes.tick_params(labelsize=6)
+        for axis in (axes.xaxis, axes.yaxis):  # tasks have whole numbers
+            axis.set_major_locator(MaxNLocator(integer=True))
     return image
 
 

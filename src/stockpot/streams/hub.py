@@ -73,24 +73,40 @@ def _decode(source: str, split: str, data: Any, labels: int) -> tuple[Tensor, Te
                 f"{', '.join(data.column_names)})"
             )
     # Straight from Arrow: going through the rows costs ten times as long as the decoding.
-    column = data.with_format("arrow")[:]["image"].combine_chunks().field("bytes")
-    images = []
-    for row, encoded in enumerate(column.to_pylist()):
+    column = data.with_format("arrow")[:]["image"].combine_chunks()
+    images: list[Any] = []
+    for row, (encoded, file) in enumerate(
+        zip(column.field("bytes").to_pylist(), column.field("path").to_pylist(), strict=True)
+    ):
         try:
-            images.append(np.asarray(Image.open(io.BytesIO(encoded))))
+            place = file if encoded is None else io.BytesIO(encoded)
+            images.append(np.asarray(Image.open(place)))
         except Exception as error:
             raise StockpotError(
                 f"data set {source!r}, split {split!r}, row {row}: not an image "
                 f"({_first_line(error)})"
             ) from error
+        if images[row].dtype != np.uint8:
+            raise StockpotError(
+                f"data set {source!r}, split {split!r}, row {row}: pixels of kind "
+                f"{images[row].dtype}; this stream reads images of 8 bits a channel"
+            )
         if images[row].shape != images[0].shape:
             raise StockpotError(
                 f"data set {source!r}, split {split!r}, row {row}: {images[row].shape} pixels "
                 f"where row 0 has {images[0].shape}; this stream needs images of one size"
             )
+    if not images:
+        raise StockpotError(f"data set {source!r}, split {split!r} has no rows")
     pixels = torch.from_numpy(np.stack(images))
     pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-    answers = torch.tensor(data["label"][:], dtype=torch.int64)
+    try:
+        answers = torch.tensor(data["label"][:], dtype=torch.int64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise StockpotError(
+            f"data set {source!r}, split {split!r}: the labels are not all whole numbers "
+            f"({_first_line(error)})"
+        ) from error
     bad = ((answers < 0) | (answers >= labels)).nonzero().flatten()
     if len(bad):
         row = int(bad[0])

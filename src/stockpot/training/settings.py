@@ -19,7 +19,7 @@ class TrainingSettings(BaseModel):
     steps: int | None = Field(
         None, ge=1, description="optimizer steps per task, instead of epochs; null: by epochs"
     )
-    batch_size: int = Field(32, ge=1, description="examples per micro-batch")
+    batch_size: int = Field(32, ge=1, le=2**31, description="examples per micro-batch")
     gradient_accumulation: int = Field(
         1, ge=1, description="micro-batches per optimizer step (steps are optimizer steps)"
     )
@@ -38,7 +38,10 @@ class TrainingSettings(BaseModel):
         0.0, ge=0, lt=1, description="share of a task's steps over which the rate rises from 0"
     )
     max_grad_norm: float | None = Field(
-        None, gt=0, description="clip gradients, penalties included, to this norm; null: do not"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="clip gradients, penalties included, to this norm; null: do not",
     )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="bfloat16 and float16 train by autocast; weights stay float32"
