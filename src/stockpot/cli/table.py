@@ -17,6 +17,7 @@ __all__ = ["print_results"]
 _MOST_TASKS = 6
 _PAPER = 240
 # What goes first when the terminal is too narrow for everything; the files keep all of it.
+_TASKS = "final."
 _DISPENSABLE = ("bwt", "peak_memory", "fwt", "forgetting_vs_best", "seconds", "l2_to_anchor")
 
 
@@ -31,11 +32,12 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
     tasks = summary[0]["tasks"]
     columns: list[Column] = [*(task_columns(tasks) if len(tasks) <= _MOST_TASKS else ()), *COLUMNS]
     left_out = []
-    for key in (*_DISPENSABLE, *(f"final.{task}" for task in tasks)):
+    for key in (*_DISPENSABLE, _TASKS):
         if _width(console, groups, columns) <= console.width:
             break
-        left_out += [column.title for column in columns if column.key == key]
-        columns = [column for column in columns if column.key != key]
+        gone = [column for column in columns if column.key.startswith(key)]
+        left_out += [column.title for column in gone] if key != _TASKS else ["the single tasks"]
+        columns = [column for column in columns if column not in gone]
     first = summary[0]
     console.print(
         f"{first['stream']}, {first['scenario']}, {len(tasks)} tasks; final scores",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -115,9 +116,12 @@ def _per_example(
     """
     in_dims = (None, 0, None if allowed is None else 0, 0)
     try:
-        result: dict[str, Tensor] = vmap(gradient, in_dims=in_dims, randomness="same")(
-            parameters, pixels, allowed, label
-        )
+        with warnings.catch_warnings():
+            # That vmap falls back to a loop for some operation is no news for the user.
+            warnings.filterwarnings("ignore", message="There is a performance drop")
+            result: dict[str, Tensor] = vmap(gradient, in_dims=in_dims, randomness="same")(
+                parameters, pixels, allowed, label
+            )
     except RuntimeError:  # of many kinds; what is wrong otherwise fails below as well
         rows = [
             gradient(parameters, pixels[n], None if allowed is None else allowed[n], label[n])
