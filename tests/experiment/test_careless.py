@@ -208,3 +208,36 @@ def test_a_kill_leaves_a_summary_of_what_is_finished(tmp_path):
     long = write_experiment(tmp_path, "[sequential, l1, l2]")
     run_file(long, tmp_path / "all")
     assert len(json.loads((tmp_path / "all" / "summary.json").read_text())) == 3
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_killed_task_goes_on_from_its_checkpoint(tmp_path, path, stage):
+    """The same weights prove no resume, training again gives them as well: count the steps."""
+    from stockpot.experiment.observer import Observer
+
+    class Counter(Observer):
+        def __init__(self):
+            self.steps = []
+
+        def step(self, step, loss):
+            self.steps.append(step)
+
+    every_step = ["training.checkpoint_seconds=0"]
+    run_and_kill(path, tmp_path / "out", every_step, stage=stage, step=4)
+    counter = Counter()
+    run_file(path, tmp_path / "out", every_step, observer=counter)
+    # Step 4 was killed before its checkpoint: 4 to 6 of this task, and the tasks after it.
+    assert counter.steps == [4, 5, 6, *([1, 2, 3, 4, 5, 6] * (2 - stage))]
+
+
+def test_checkpoints_of_another_experiment_are_not_taken_up(tmp_path, path):
+    every_step = ["training.checkpoint_seconds=0"]
+    changed = [*every_step, "training.learning_rate=0.002"]
+    run_and_kill(path, tmp_path / "out", every_step, stage=0, step=4)
+    run_file(path, tmp_path / "out", changed)
+    run_file(path, tmp_path / "fresh", changed)
+    ours, fresh = (
+        next((tmp_path / name).glob("runs/*/model.safetensors")).read_bytes()
+        for name in ("out", "fresh")
+    )
+    assert ours == fresh

@@ -69,19 +69,12 @@ class Record:
         """
         described = self.folder / "experiment.json"
         remove_scratch(self.folder)
-        log = self.folder / "stages.jsonl"
-        if described.exists() and log.exists() and log.stat().st_size:
-            held = read_json(described)
-            if not isinstance(held, dict):
-                raise DamagedRecordError(f"{described} is damaged: it holds no experiment")
-            self._check_same(held, experiment)
-            if held.get("data") != data:
-                raise ConfigError(
-                    f"the examples of {experiment.stream.name} are not those that {self.folder} "
-                    "was made with: the data set or how it is read has changed. Choose another "
-                    "folder with --output"
-                )
-        else:  # nothing finished yet, so nothing to contradict
+        another = self._what_differs(described, experiment, data) if described.exists() else None
+        if another is not None:
+            log = self.folder / "stages.jsonl"
+            if log.exists() and log.stat().st_size:
+                raise ConfigError(another)
+            # Nothing of that other experiment is finished; its checkpoints are of no use to this.
             (self.folder / "start.json").unlink(missing_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
         # First of all: a folder with this file is a record.
@@ -122,7 +115,11 @@ class Record:
         with exclusive(self.folder):
             yield
 
-    def _check_same(self, held: dict[str, Any], experiment: Experiment) -> None:
+    def _what_differs(self, described: Path, experiment: Experiment, data: str) -> str | None:
+        """Why the folder's experiment is another than this one; None if it is the same."""
+        held = read_json(described)
+        if not isinstance(held, dict):
+            raise DamagedRecordError(f"{described} is damaged: it holds no experiment")
         changes = []
         free = {"device", "threads", "checkpoint_seconds"}  # these do not change what is measured
         for section, now in experiment.common().items():
@@ -133,11 +130,18 @@ class Record:
                 if before.get(key) != now.get(key)
             ]
         if changes:
-            raise ConfigError(
+            return (
                 f"{self.folder} holds another experiment ({'; '.join(changes)}). Choose another "
                 "folder with --output, or delete that one. Methods and seeds may be added to a "
                 "folder; the rest may not change."
             )
+        if held.get("data") != data:
+            return (
+                f"the examples of {experiment.stream.name} are not those that {self.folder} was "
+                "made with: the data set or how it is read has changed. Choose another folder "
+                "with --output"
+            )
+        return None
 
     def _drop_leftovers(self) -> None:
         self._stages = {
