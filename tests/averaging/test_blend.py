@@ -1,7 +1,7 @@
 """The average itself, and the anchor it is taken with."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +27,6 @@ INTEGER = {
     torch.float16: torch.int16,
 }
 DTYPES = list(INTEGER)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bits(tensor: Tensor) -> list[int]:

@@ -1,6 +1,6 @@
 """L1, L2 and EWC against autograd of the loss written out, in float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,14 +23,6 @@ Energy = Callable[[Weights], Tensor]
 
 quick = settings(max_examples=60, deadline=None)
 strengths = pytest.mark.parametrize("strength", [0.0, 0.3, 1.0, 250.0])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Model(nn.Module):

@@ -752,7 +752,9 @@ def test_both_kinds_are_written_whole_and_nothing_else(tmp_path):
 
 def test_dollars_in_task_names_are_dollars(tmp_path):
     figure = trade_off_plane(group_runs([made_up("sequential", two((0.5, 0.6)))]), ["a", "$x^$"])
-    save_figure(figure, tmp_path, "plane")
+    paths = save_figure(figure, tmp_path, "plane")
+    assert all(path.stat().st_size > 2000 for path in paths)
+    assert figure.axes[0].get_xlabel() == r"accuracy on the last task, \$x^\$ (%)"
 
 
 # The headline.

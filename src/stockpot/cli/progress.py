@@ -107,10 +107,6 @@ class BarObserver(Observer):
         self._console.print(f"[red]failed[/] {run.id}", highlight=False)
         self.run_ends(run)
 
-    def note(self, text: str) -> None:
-        """A line above the bars."""
-        self._console.print(text, highlight=False)
-
     def close(self) -> None:
         """Take the bars away."""
         self._progress.stop()
@@ -172,10 +168,6 @@ class LineObserver(Observer):
         """A line per failure."""
         self._done += 1
         self._say(f"[{self._done}/{self._total}] {run.id} failed")
-
-    def note(self, text: str) -> None:
-        """A line."""
-        self._say(text)
 
     def close(self) -> None:
         """Nothing to take away."""

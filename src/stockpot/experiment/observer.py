@@ -25,9 +25,6 @@ class Observer:
     def step(self, step: int, loss: float | None) -> None:
         """An optimizer step is done; the loss is given now and then."""
 
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-
     def stage_ends(self, run: Run, stage: Stage, trained: bool, scores: list[float]) -> None:
         """A stage is finished; ``trained`` is False when its weights were there already."""
 

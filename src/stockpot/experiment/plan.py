@@ -62,6 +62,8 @@ class Plan:
     """All runs of an experiment, seed by seed."""
 
     runs: tuple[Run, ...]
+    data: str
+    """Fingerprint of the stream's examples."""
 
     def uses(self) -> Counter[str]:
         """How many stages need the weights of each trained key."""
@@ -88,9 +90,10 @@ def make_plan(experiment: Experiment, stream: Stream, share: bool = True) -> Pla
         share: whether runs that agree so far share what they trained; without it every run trains
             everything itself, to the same weights.
     """
+    data = stream.fingerprint()
     common = {
         "arithmetic": _ARITHMETIC_VERSION,
-        "stream": stream.fingerprint(),
+        "stream": data,
         "model": experiment.model.model_dump(mode="json"),
         "training": experiment.training.identity(),
     }
@@ -102,7 +105,7 @@ def make_plan(experiment: Experiment, stream: Stream, share: bool = True) -> Pla
             own = {} if share else {"run": run_id}
             start = _key({**common, "seed": seed, **own})
             runs.append(Run(run_id, method, seed, _stages(experiment, stream, method, start)))
-    return Plan(tuple(runs))
+    return Plan(tuple(runs), data)
 
 
 def _stages(

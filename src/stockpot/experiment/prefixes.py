@@ -41,10 +41,12 @@ class PrefixStore:
         about: dict[str, Any] = read_json(self.folder / key / "trained.json")
         return read_tensors(self.path(key), about["sha256"]), about
 
-    def save(self, key: str, weights: dict[str, Tensor], about: dict[str, Any]) -> bool:
-        """Keep what was trained, if another stage will want it; says whether it was kept."""
-        if key not in self._shared:
-            return False
+    def wants(self, key: str) -> bool:
+        """Whether another stage will ask for the weights of ``key``."""
+        return key in self._shared
+
+    def save(self, key: str, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Keep what was trained."""
         scratch = self.folder / f".{key}.{os.getpid()}"
         shutil.rmtree(scratch, ignore_errors=True)
         try:
@@ -57,7 +59,6 @@ class PrefixStore:
                 scratch.rename(self.folder / key)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        return True
 
     def used(self, key: str) -> None:
         """A stage has what it needs of ``key``; after the last one it is deleted."""

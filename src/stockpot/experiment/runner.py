@@ -111,7 +111,7 @@ class _Runner:
     def _run_all(self) -> Outcome:
         environment = describe_environment(self.experiment.seeds)
         planned = len(self.plan.runs)
-        self.record.open(self.experiment, self.stream.fingerprint(), environment, planned)
+        self.record.open(self.experiment, self.plan.data, environment, planned)
         # The trainer collects garbage at every task; what is alive now need not be searched.
         gc.collect()
         gc.freeze()
@@ -207,8 +207,7 @@ class _Runner:
             same_as=self.prefixes.path(stage.trained) if same else None,
         )
         scores = self._scores(stage.deployed)
-        names = list(context.learner.module.state_dict())
-        shared = [name for name in deployed if name in names and deployed[name].is_floating_point()]
+        floating = [name for name, weight in deployed.items() if weight.is_floating_point()]
         line: dict[str, Any] = {
             "run": run.id,
             "stage": stage.number,
@@ -219,7 +218,7 @@ class _Runner:
             "peak_memory": trained.peak_memory,
             "trained_here": fresh,
             "l2_to_anchor": l2_distance(
-                (deployed[name] for name in shared), (previous[name] for name in shared)
+                (deployed[name] for name in floating), (previous[name] for name in floating)
             ),
             "losses": trained.losses,
             "key": stage.deployed,
@@ -287,7 +286,8 @@ class _Runner:
             "seconds": trained.seconds,
             "peak_memory": trained.peak_memory,
         }
-        self.prefixes.save(stage.trained, context.weights(), about)
+        if self.prefixes.wants(stage.trained):
+            self.prefixes.save(stage.trained, context.weights(), about)
         return trained, True
 
     def _scores(self, key: str) -> list[Score]:

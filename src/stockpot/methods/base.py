@@ -6,7 +6,7 @@ here imports torch when it is imported, so that an experiment is checked in a mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -102,7 +102,6 @@ class TaskRun:
     """What the loss was multiplied by before its gradient was taken (float16 training)."""
     merges: list[dict[str, float]] = field(default_factory=list)
     """The merge events of this stage."""
-    progress: Callable[[str], None] = lambda _: None
 
     @property
     def model(self) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 import torch
@@ -170,7 +170,6 @@ class Stream:
     """How many labels the model chooses from."""
     image_shape: tuple[int, int, int]
     """(C, H, W)."""
-    notes: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse what would fail later and less clearly: empty tasks, labels out of range."""

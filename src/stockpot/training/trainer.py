@@ -403,9 +403,8 @@ def _optimizer(parameters: list[nn.Parameter], settings: TrainingSettings) -> to
 
 
 def _arguments(run: TaskRun, settings: TrainingSettings, scratch: Path) -> TrainingArguments:
-    schedules = {"constant": "constant", "linear": "linear", "cosine": "cosine"}
-    schedule = schedules[settings.schedule]
-    if settings.warmup and settings.schedule == "constant":
+    schedule: str = settings.schedule  # the Trainer's own names
+    if settings.warmup and schedule == "constant":
         schedule = "constant_with_warmup"
     arguments = TrainingArguments(
         output_dir=str(scratch),
