@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stockpot.arithmetic import fingerprint, is_finite
-from stockpot.averaging.weights import trainable_weights
-from stockpot.errors import NonFiniteError
+from stockpot.averaging.weights import Box, Piece, Span, find_weights
+from stockpot.errors import NonFiniteError, StockpotError
+from stockpot.files import write_tensors
 
-__all__ = ["Anchor", "Store", "check_store"]
+__all__ = ["Anchor", "Store", "check_store", "find_files"]
 
 Store = Literal["device", "cpu", "disk"]
 
@@ -24,12 +27,14 @@ Store = Literal["device", "cpu", "disk"]
 class Anchor(Mapping[str, Tensor]):
     """Named weights that stay as they are while training goes on.
 
-    An anchor is a read-only mapping from parameter names to tensors. One that was opened from a
-    file with ``store="disk"`` reads each tensor when it is asked for and keeps none.
+    An anchor is a read-only mapping from parameter names to tensors. One that was opened with
+    ``store="disk"`` reads each tensor when it is asked for and keeps none. One that was captured
+    from a sharded model holds this process's part of each (``local``).
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], *, local: bool = False) -> None:
         self._tensors = tensors
+        self.local = local
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -41,40 +46,65 @@ class Anchor(Mapping[str, Tensor]):
         return len(self._tensors)
 
     @classmethod
-    def capture(cls, model: nn.Module, store: Literal["device", "cpu"] = "cpu") -> Self:
-        """Copy the trainable weights of ``model`` as they are now.
+    def capture(
+        cls,
+        model: nn.Module,
+        store: Literal["device", "cpu"] = "cpu",
+        *,
+        optimizer: object | None = None,
+    ) -> Self:
+        """Copy the trainable weights of ``model`` as they are now; sharded: this process's part.
+
+        Args:
+            model: wrapped (DDP, FSDP, DeepSpeed) or not.
+            store: where the copies are kept.
+            optimizer: what trains the model; needed under DeepSpeed.
 
         Raises:
             NonFiniteError: if a weight is NaN or infinite; such an anchor would spoil every merge.
+            StockpotError: if no writer knows where the true weights are.
         """
+        weights = find_weights(model, optimizer)
+        return cls.of(weights.pieces(), store, local=weights.distributed)
+
+    @classmethod
+    def of(
+        cls, pieces: Mapping[str, Piece], store: Literal["device", "cpu"], *, local: bool
+    ) -> Self:
+        """Copy the values of ``pieces``."""
         copies: dict[str, Tensor] = {}
-        for name, parameter in trainable_weights(model).items():
-            _check_finite(name, parameter)
-            copy = parameter.detach().clone()
-            copies[name] = copy if store == "device" else copy.cpu()
-        return cls(copies)
+        for name, piece in pieces.items():
+            _check_finite(name, piece.values)
+            copies[name] = _copy(piece.values, store)
+        return cls(copies, local=local)
 
     @classmethod
     def load(cls, path: str | Path, store: Store = "cpu") -> Self:
-        """Open a safetensors file; with ``store="disk"`` nothing is read yet.
+        """Open a safetensors file, a folder of them, or a model on the hub.
+
+        With ``store="disk"`` nothing is read yet. A path that :meth:`save` wrote from a sharded
+        model opens this process's part.
 
         Raises:
             FileNotFoundError: if there is no such file.
+            StockpotError: if a file is damaged, or the hub has no such model.
             ValueError: if ``store`` is not one of the three.
         """
         check_store(store)
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"no anchor at {path}: give a safetensors file")
-        on_disk = _TensorsOnDisk(path)
+        files, local = find_files(path)
+        on_disk = _TensorsOnDisk(files)
         if store == "disk":
-            return cls(on_disk)
+            return cls(on_disk, local=local)
         device = "cuda" if store == "device" and torch.cuda.is_available() else "cpu"
         # A copy: what safetensors returns is a view of the file, which may change.
-        return cls({name: on_disk[name].to(device, copy=True) for name in on_disk})
+        tensors = {name: on_disk[name].to(device, copy=True) for name in on_disk}
+        return cls(tensors, local=local)
 
     def save(self, path: str | Path) -> None:
-        """Write the anchor as one safetensors file.
+        """Write the anchor as one safetensors file, atomically.
+
+        A local part is written beside those of the other processes, as
+        ``<stem>-<rank>-of-<processes>.safetensors``; :meth:`load` takes the same ``path``.
 
         Raises:
             NonFiniteError: if a weight is NaN or infinite; nothing is written then.
@@ -83,17 +113,152 @@ class Anchor(Mapping[str, Tensor]):
             _check_finite(name, self[name])
         # Copies, because safetensors refuses tensors that share memory.
         plain = {name: self[name].detach().cpu().contiguous().clone() for name in self}
-        save_file(plain, str(path))
+        path = Path(path)
+        write_tensors(_part_path(path) if self.local else path, plain)
 
     def fingerprint(self) -> str:
         """SHA-256 over names, dtypes, shapes and bytes: equal if and only if the weights are."""
         return fingerprint(self)
+
+    def name_of(self, piece: Piece) -> str | None:
+        """The name under which the anchor has this parameter, or None."""
+        return next((name for name in (piece.name, *piece.also) if name in self), None)
+
+    def part(self, piece: Piece) -> Tensor:
+        """What the anchor has for ``piece``, in the shape of ``piece.values``.
+
+        Raises:
+            StockpotError: if the shapes differ: the anchor belongs to another model.
+        """
+        name = self.name_of(piece)
+        if name is None:
+            raise KeyError(piece.name)
+        if self.local:
+            part = self[name]
+            _check_shape(piece.name, piece.values.shape, part.shape)
+            return part
+        if piece.region is None:
+            part = self[name]
+            _check_shape(piece.name, piece.shape, part.shape)
+            return part
+        if isinstance(self._tensors, _TensorsOnDisk):
+            _check_shape(piece.name, piece.shape, self._tensors.shape(name))
+            return _cut(self._tensors.slice(name), piece)
+        _check_shape(piece.name, piece.shape, self[name].shape)
+        return _cut(self[name], piece)
+
+    def keep(self, pieces: Mapping[str, Piece], store: Store) -> Anchor:
+        """Only what ``pieces`` need, each checked; in memory unless ``store`` is ``"disk"``.
+
+        Raises:
+            NonFiniteError: if a value is NaN or infinite, or is so in the weight's precision.
+            StockpotError: if a shape differs.
+        """
+        kept: dict[str, Tensor] = {}
+        for name, piece in pieces.items():
+            if self.name_of(piece) is None:
+                continue
+            part = self.part(piece)
+            _check_finite(name, part.to(piece.values.dtype) if _is_narrow(piece) else part)
+            if store == "cpu":
+                kept[name] = part if part.device.type == "cpu" else part.cpu()
+                if isinstance(self._tensors, _TensorsOnDisk) or piece.region is not None:
+                    kept[name] = kept[name].clone()  # not a view of the file or of the whole
+                if piece.values.is_cuda:
+                    kept[name] = kept[name].pin_memory()
+            elif store == "device":
+                kept[name] = part.to(piece.values.device, copy=piece.region is not None)
+        return self if store == "disk" else Anchor(kept, local=True)
 
 
 def check_store(store: str) -> None:
     """Refuse a place where no anchor can be kept."""
     if store not in typing.get_args(Store):
         raise ValueError(f"store = {store!r} is not one of {', '.join(typing.get_args(Store))}")
+
+
+def find_files(path: str | Path) -> tuple[list[Path], bool]:
+    """The safetensors files behind ``path``, and whether they are this process's part.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        StockpotError: if the path names something else than safetensors.
+    """
+    place = Path(path)
+    if place.is_file():
+        if place.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
+            raise StockpotError(
+                f"anchor {path} is a pickle, which may run code when it is read: convert it to "
+                "safetensors (model.save_pretrained writes it)"
+            )
+        return [place], False
+    if (part := _part_path(place)).is_file():
+        return [part], True
+    if others := sorted(place.parent.glob(f"{place.stem}-*-of-*{place.suffix}")):
+        raise StockpotError(
+            f"anchor {path} was saved in parts by other processes ({others[0].name}, ...): this "
+            f"run has {_world()[1]}. Go on with as many processes, or give a whole checkpoint"
+        )
+    if place.is_dir():
+        return _files_of(place), False
+    return _files_of(_from_hub(path)), False
+
+
+def _files_of(folder: Path) -> list[Path]:
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        shards = set(json.loads(indices[0].read_text())["weight_map"].values())
+        files = [folder / shard for shard in sorted(shards)]
+    else:
+        preferred = [folder / "model.safetensors", folder / "adapter_model.safetensors"]
+        files = [file for file in preferred if file.is_file()][:1]
+        files = files or sorted(folder.glob("*.safetensors"))
+    missing = [file for file in files if not file.is_file()]
+    if missing or not files:
+        what = missing[0] if missing else folder / "model.safetensors"
+        raise FileNotFoundError(f"no anchor at {folder}: {what.name} is missing")
+    return files
+
+
+def _from_hub(path: str | Path) -> Path:
+    mirror = os.environ.get("STOCKPOT_DATA")
+    if mirror and (Path(mirror) / path).is_dir():
+        return Path(mirror) / path
+    missing = f"no anchor at {path}: give a safetensors file, a folder of them or a hub id"
+    if isinstance(path, Path) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        raise FileNotFoundError(missing)
+    try:
+        from huggingface_hub import snapshot_download
+
+        patterns = ["*.safetensors", "*.safetensors.index.json"]
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(f"{missing}. The hub says: {line}") from error
+
+
+def _world() -> tuple[int, int]:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _part_path(path: Path) -> Path:
+    rank, world = _world()
+    return path.with_name(f"{path.stem}-{rank + 1:05d}-of-{world:05d}{path.suffix}")
+
+
+def _copy(values: Tensor, store: str) -> Tensor:
+    if store == "device" or not values.is_cuda:
+        return values.detach().clone()
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values.detach())
+
+
+def _is_narrow(piece: Piece) -> bool:
+    return piece.values.dtype in (torch.float16, torch.bfloat16)
 
 
 def _check_finite(name: str, weight: Tensor) -> None:
@@ -104,21 +269,73 @@ def _check_finite(name: str, weight: Tensor) -> None:
         )
 
 
-class _TensorsOnDisk(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
+def _check_shape(name: str, weight: torch.Size, anchor: torch.Size) -> None:
+    if weight != anchor:
+        raise StockpotError(
+            f"weight {name!r} has shape {tuple(weight)} in the model and {tuple(anchor)} in the "
+            "anchor: the anchor belongs to another model"
+        )
 
-    def __init__(self, path: Path) -> None:
-        self._file = safe_open(str(path), framework="pt")
-        self._names = list(self._file.keys())
+
+def _cut(whole: Any, piece: Piece) -> Tensor:
+    """The piece's region of a tensor or of a safetensors slice; a span only reads its rows."""
+    if isinstance(piece.region, Box):
+        offset, shape = piece.region.offset, piece.region.shape
+        if 0 in shape:
+            return piece.values.new_empty(shape)
+        region = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
+        block: Tensor = whole[region]
+        return block
+    assert isinstance(piece.region, Span)
+    start, stop = piece.region.start, piece.region.stop
+    part = piece.values.new_zeros(piece.values.numel(), dtype=torch.float32)
+    if stop <= start:
+        return part
+    if not piece.shape:
+        found: Tensor = whole[...] if isinstance(whole, Tensor) else whole[:]
+        found = found.reshape(-1)
+    else:
+        row = max(1, piece.shape.numel() // piece.shape[0])
+        first, last = start // row, -(-stop // row)
+        found = whole[first:last].reshape(-1)[start - first * row : stop - first * row]
+    if found.numel() == piece.values.numel():
+        return found
+    part = found.new_zeros(piece.values.numel())  # ZeRO pads its partitions
+    part[: found.numel()] = found
+    return part
+
+
+class _TensorsOnDisk(Mapping[str, Tensor]):
+    """The tensors of safetensors files, each read when it is asked for."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self._homes: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file = safe_open(str(path), framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise StockpotError(
+                    f"anchor {path} is damaged or is no safetensors file: {error}"
+                ) from error
+            self._homes.update(dict.fromkeys(file.keys(), file))
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor: Tensor = self._file.get_tensor(name)
+        tensor: Tensor = self._homes[name].get_tensor(name)
         return tensor
 
+    def slice(self, name: str) -> Any:
+        """A tensor of which only the parts asked for are read."""
+        return self._homes[name].get_slice(name)
+
+    def shape(self, name: str) -> torch.Size:
+        """A tensor's shape, from the header."""
+        return torch.Size(self.slice(name).get_shape())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._homes)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._homes)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
-from stockpot.arithmetic import is_finite, lerp
-from stockpot.averaging.weights import trainable_weights
-from stockpot.errors import NonFiniteError, StockpotError
+from stockpot.arithmetic import wide
+from stockpot.averaging.anchor import Anchor
+from stockpot.averaging.weights import Piece, Weights, find_weights
+from stockpot.errors import NonFiniteError
 
-__all__ = ["average_", "check_beta", "check_shape"]
+__all__ = ["average_", "blend_", "check_beta", "check_finite"]
+
+# Elements that are worked on at a time: the difference then stays in the processor's cache, so that
+# the weights go through memory once.
+_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 def check_beta(beta: float) -> float:
@@ -31,7 +37,10 @@ def check_beta(beta: float) -> float:
 
 @torch.no_grad()
 def average_(
-    model: nn.Module | Mapping[str, Tensor], anchor: Mapping[str, Tensor], beta: float
+    model: nn.Module | Mapping[str, Tensor],
+    anchor: Mapping[str, Tensor],
+    beta: float,
+    optimizer: object | None = None,
 ) -> list[str]:
     """``theta <- beta * theta_o + (1 - beta) * theta`` in place (arXiv 2501.05559, Algorithm 1).
 
@@ -42,6 +51,7 @@ def average_(
         model: the model (its trainable floating-point parameters are averaged), or named weights.
         anchor: theta_o, by the same names.
         beta: the anchor's share, in [0, 1].
+        optimizer: what trains the model; it may hold the true weights (DeepSpeed).
 
     Returns:
         The names that the anchor lacks, and those of integers; these weights are left alone.
@@ -49,38 +59,135 @@ def average_(
     Raises:
         ValueError: if ``beta`` is not in [0, 1].
         StockpotError: if a shape differs between the model and the anchor.
-        NonFiniteError: if an average would not be finite; nothing has been written then.
+        NonFiniteError: if a weight or the anchor is not finite; nothing has been written then.
     """
     beta = check_beta(beta)
-    weights = trainable_weights(model) if isinstance(model, nn.Module) else model
-    shared = [
-        name for name, weight in weights.items() if name in anchor and weight.is_floating_point()
-    ]
-    averages = {name: _average(name, weights[name], anchor[name], beta) for name in shared}
-    for name, average in averages.items():
-        weights[name].copy_(average)
-    return [name for name in weights if name not in averages]
+    anchor = anchor if isinstance(anchor, Anchor) else Anchor(anchor)
+    if isinstance(model, nn.Module):
+        weights = find_weights(model, optimizer)
+        pieces = weights.pieces()
+    else:
+        weights = Weights(nn.Module())
+        pieces = {n: Piece(n, w, w.shape, nn.Parameter(w, False)) for n, w in model.items()}
+    once: dict[tuple[int, torch.Size], str] = {}  # two names for one tensor: averaged once
+    for name, piece in pieces.items():
+        once.setdefault((piece.values.data_ptr() or id(piece), piece.values.shape), name)
+    shared = {
+        name: piece
+        for name, piece in pieces.items()
+        if anchor.name_of(piece) is not None and piece.values.is_floating_point()
+    }
+    different = {name: piece for name, piece in shared.items() if name in once.values()}
+    anchor.keep(shared, "disk")  # checks shapes and values
+    check_finite(shared, weights)
+    blend_(different, anchor, beta)
+    weights.publish(shared)
+    return [name for name in pieces if name not in shared]
 
 
-def check_shape(name: str, weight: Tensor, anchor: Tensor) -> None:
-    """Refuse an anchor of another model.
+def check_finite(pieces: Mapping[str, Piece], weights: Weights) -> None:
+    """Refuse to average a model that has diverged, on every process at once.
 
     Raises:
-        StockpotError: if the shapes differ.
+        NonFiniteError: naming the first bad weight here.
     """
-    if weight.shape != anchor.shape:
-        raise StockpotError(
-            f"weight {name!r} has shape {tuple(weight.shape)} in the model and "
-            f"{tuple(anchor.shape)} in the anchor: the anchor belongs to another model"
-        )
-
-
-def _average(name: str, weight: Tensor, anchor: Tensor, beta: float) -> Tensor:
-    check_shape(name, weight, anchor)
-    average = lerp(weight, anchor.to(weight.device), beta)
-    if not is_finite(average):
+    # A sum is the fastest look at all values; it overflows before they do, so look again then.
+    bad = [
+        name
+        for name, piece in pieces.items()
+        if piece.values.numel()
+        and not math.isfinite(float(piece.values.sum()))
+        and not bool(torch.isfinite(piece.values).all())
+    ]
+    (count,) = weights.total([len(bad)])
+    if count:
+        where = repr(bad[0]) if bad else "a weight of another process"
         raise NonFiniteError(
-            f"averaging {name!r} gives values that are not finite: the model or the anchor has "
-            "diverged. No weight was changed; lower the learning rate or go back to a checkpoint."
+            f"{where} is not finite: the model has diverged. No weight was changed; lower the "
+            "learning rate or go back to a checkpoint."
         )
-    return average
+
+
+@torch.no_grad()
+def blend_(pieces: Mapping[str, Piece], anchor: Anchor, beta: float) -> tuple[float, float]:
+    """Average ``pieces`` with ``anchor``, in place.
+
+    Returns:
+        The squared L2 distance of this process's part to the anchor, before and after.
+    """
+    before = after = 0.0
+    scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    for piece in pieces.values():
+        values, part = piece.values, anchor.part(piece)
+        if not values.numel():
+            continue
+        first, second = _blend_tensor(values, part, beta, scratch)
+        before += first / piece.copies
+        after += second / piece.copies
+    return before, after
+
+
+def _blend_tensor(
+    values: Tensor,
+    anchor: Tensor,
+    beta: float,
+    scratch: dict[tuple[torch.device, torch.dtype], Tensor],
+) -> tuple[float, float]:
+    size = _CHUNK.get(values.device.type, 1 << 26)
+    if values.is_contiguous() and anchor.is_contiguous():
+        values, anchor = values.view(-1), anchor.reshape(-1)
+    else:
+        size = values.numel()
+    before = after = 0.0
+    for w, a in zip(values.split(max(size, 1)), anchor.split(max(size, 1)), strict=True):
+        a = a.to(w.device, non_blocking=True)
+        precise = w.dtype == torch.float64
+        if precise or w.dtype == torch.float32:
+            first = _lerp_wide(w, a.to(w.dtype), beta, scratch)
+            second = (1.0 - beta) ** 2 * first
+        else:
+            average = wide(w)
+            first = _lerp_wide(average, wide(a), beta, scratch)
+            _store(w, average, a, beta)
+            second = _squared(wide(w) - wide(a))  # rounding may keep it from moving
+        before += first
+        after += second
+    return before, after
+
+
+def _store(w: Tensor, average: Tensor, anchor: Tensor, beta: float) -> None:
+    if beta == 1.0:
+        w.copy_(anchor)
+    elif beta:
+        w.copy_(average)
+
+
+def _lerp_wide(
+    w: Tensor, a: Tensor, beta: float, scratch: dict[tuple[torch.device, torch.dtype], Tensor]
+) -> float:
+    """``w <- (1 - beta) w + beta a``, exact at both ends; the squared distance before."""
+    key = (w.device, w.dtype)
+    if key not in scratch or scratch[key].numel() < w.numel():
+        scratch[key] = torch.empty(w.numel(), dtype=w.dtype, device=w.device)
+    difference = torch.sub(a, w, out=scratch[key][: w.numel()].view(w.shape))
+    squared = _squared(difference)
+    if not math.isfinite(squared):  # the difference, or its square, overflows: go wider
+        a64, w64 = a.double(), w.double()
+        squared = _squared(a64 / 2 - w64 / 2) * 4
+        if 0.0 < beta < 1.0:
+            w.copy_((1.0 - beta) * w64 + beta * a64)
+            return squared
+    if beta == 1.0:
+        w.copy_(a)
+    elif beta >= 0.5:  # the form that is exact towards the nearer end, as torch.lerp has it
+        torch.sub(a, difference, alpha=1.0 - beta, out=w)
+    elif beta:
+        w.add_(difference, alpha=beta)
+    return squared
+
+
+def _squared(difference: Tensor) -> float:
+    if not difference.is_contiguous():
+        return float(torch.linalg.vector_norm(difference, dtype=torch.float64)) ** 2
+    flat = difference.view(-1)
+    return float(torch.dot(flat, flat))

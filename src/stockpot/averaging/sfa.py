@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
+import math
+import tempfile
 import time
-from dataclasses import dataclass
+import typing
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self
 
-from torch import nn
-from torch.optim import Optimizer
+import torch
+from torch import Tensor, nn
 
-from stockpot.arithmetic import l2_distance
-from stockpot.averaging.anchor import Anchor, Store, check_store
-from stockpot.averaging.blend import average_, check_beta, check_shape
+from stockpot.arithmetic import lerp
+from stockpot.averaging.anchor import Anchor, Store, check_store, find_files
+from stockpot.averaging.blend import blend_, check_beta, check_finite
+from stockpot.averaging.lora import LoraMode, LowRank, check_lora
+from stockpot.averaging.moments import OptimizerState, check_optimizer_state, update_moments
 from stockpot.averaging.schedule import check_p, merge_steps, merge_steps_every
-from stockpot.averaging.weights import trainable_weights
-from stockpot.errors import StockpotError
+from stockpot.averaging.verify import Watch
+from stockpot.averaging.weights import Piece, Weights, find_weights, unwrap
+from stockpot.errors import StockpotError, nearest
 
-__all__ = ["SFA", "MergeEvent"]
+__all__ = ["SFA", "MergeEvent", "ParameterChoice"]
+
+Buffers = Literal["keep", "average"]
+ParameterChoice = str | Sequence[str] | Callable[[str, nn.Parameter], bool]
 
 
 @dataclass(frozen=True)
@@ -28,10 +41,14 @@ class MergeEvent:
     step: int
     beta: float
     distance_before: float
-    """L2 distance to the anchor before the average."""
+    """L2 distance to the anchor before the average, over all processes."""
     distance_after: float
-    """L2 distance to the anchor after it: (1 - beta) times the one before."""
+    """L2 distance after it: (1 - beta) times the one before, but for rounding in bf16 and fp16."""
     seconds: float
+
+
+# One SFA a model: two would average twice.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[SFA]] = weakref.WeakKeyDictionary()
 
 
 class SFA:
@@ -50,86 +67,186 @@ class SFA:
         p: averaging frequency as a fraction of the task's T optimizer steps, in (0, 1].
         beta: the anchor's share in each average, in [0, 1].
         every: average every N optimizer steps instead of by ``p``.
-        anchor: theta_o: the weights when ``attach`` is called (default), an :class:`Anchor`, or the
-            path of a safetensors file.
-        store: where the anchor is kept: ``"device"``, ``"cpu"`` or, for a path, ``"disk"``.
+        anchor: theta_o: the weights when ``attach`` is called (default), an :class:`Anchor`, or a
+            safetensors file, a folder of them, or a hub id.
+        store: where the anchor is kept: ``"device"``, ``"cpu"`` or ``"disk"`` (then read tensor by
+            tensor at each merge step).
+        optimizer_state: what happens to the moments of averaged weights: ``"keep"``, ``"scale"``
+            (first moments by 1 - beta) or ``"reset"``.
+        buffers: float buffers, such as BatchNorm's statistics: ``"keep"`` or ``"average"``.
+        lora: how low-rank adapters are averaged: ``"auto"`` is exact by the product B A for a fresh
+            adapter and refuses a continued one; ``"factors"`` averages B and A, approximately.
+        parameters: which of the trainable weights: glob patterns of names, or a function of name
+            and parameter (default: all).
 
     Raises:
-        ValueError: if ``p``, ``beta`` or ``every`` is out of range, or ``store="disk"`` is asked
-            for without a path.
+        ValueError: if an argument is out of range.
+        FileNotFoundError: if there is no anchor at the path given.
     """
 
     def __init__(
         self,
         p: float = 0.25,
         beta: float = 0.5,
-        *,
         every: int | None = None,
         anchor: Anchor | str | Path | None = None,
         store: Store = "cpu",
+        optimizer_state: OptimizerState = "keep",
+        buffers: Buffers = "keep",
+        lora: LoraMode = "auto",
+        parameters: ParameterChoice | None = None,
     ) -> None:
         self.p = check_p(p)
         self.beta = check_beta(beta)
         self.every = every
         self.store: Store = store
+        self.optimizer_state: OptimizerState = optimizer_state
+        self.buffers: Buffers = buffers
+        self.lora: LoraMode = lora
+        self.parameters = parameters
         if every is not None:
             merge_steps_every(1, every)  # refuses a bad value here and not when training starts
         check_store(store)
-        if store == "disk" and not isinstance(anchor, str | Path):
-            raise ValueError("store='disk' reads the anchor from a file: give anchor='path'")
-        self._given = anchor
-        self._anchor: Anchor | None = None
-        self._model: nn.Module | None = None
-        self._merge_steps: frozenset[int] = frozenset()
-        self._step = 0
+        check_optimizer_state(optimizer_state)
+        check_lora(lora)
+        if buffers not in typing.get_args(Buffers):
+            raise ValueError(f"buffers = {buffers!r} is not one of keep, average")
+        self.anchor_given = anchor
+        if isinstance(anchor, str | Path) and (Path(anchor).exists() or Path(anchor).is_absolute()):
+            find_files(anchor)
         self.events: list[MergeEvent] = []
         self.left_alone: list[str] = []
+        self.total_steps = 0
+        self.anchor: Anchor | None = None
+        self._weights: Weights | None = None
+        self._watch: Watch | None = None
+        self._low_rank: LowRank | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self._merge_steps: frozenset[int] = frozenset()
+        self._step = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def attach(
-        self, model: nn.Module, optimizer: Optimizer | None = None, *, total_steps: int
+        self,
+        model: nn.Module,
+        optimizer: object | None = None,
+        *,
+        total_steps: int,
+        anchor_path: Path | None = None,
     ) -> Self:
         """Take the anchor and fix the merge steps; call it once, before the first step.
 
         Args:
-            model: the model that trains; averages are written into its parameters.
-            optimizer: the optimizer that trains it. Its moments are kept as they are.
+            model: the model that trains, wrapped or not; averages are written into it.
+            optimizer: the optimizer that trains it (several: a list). It may hold the true weights
+                (DeepSpeed), and its moments are treated as ``optimizer_state`` says.
             total_steps: T, the number of optimizer steps of this task.
+            anchor_path: where a captured anchor is written, so that a resumed run can read it; by
+                default it is kept in memory, or with ``store="disk"`` in a temporary file.
 
         Raises:
-            StockpotError: if the anchor belongs to another model.
+            StockpotError: if the anchor belongs to another model, the true weights are where no
+                writer knows them, or another SFA is attached to this model.
+            NonFiniteError: if the anchor holds NaN or infinity.
+            ValueError: if ``total_steps`` is no whole number of steps.
         """
-        del optimizer  # moments are kept; the argument is part of the interface for what needs it
+        if isinstance(total_steps, float) and not math.isfinite(total_steps):
+            raise ValueError(
+                f"total_steps = {total_steps!r}: SFA must know how many optimizer steps there are; "
+                "give the trainer a number of steps or of epochs"
+            )
         steps = (
             merge_steps(total_steps, self.p)
             if self.every is None
             else merge_steps_every(total_steps, self.every)
         )
-        self._merge_steps = frozenset(steps)
-        self._model = model
-        self._step = 0
-        self._anchor = self._take_anchor(model)
-        self._check_anchor(model, self._anchor)
-        return self
-
-    def _check_anchor(self, model: nn.Module, anchor: Anchor) -> None:
-        """An anchor of another model is refused now and not at the first merge step."""
-        weights = trainable_weights(model)
-        shared = [name for name in weights if name in anchor]
-        if not shared:
+        self._claim(model)
+        weights = find_weights(model, optimizer)
+        pieces = self._chosen(weights.pieces())
+        low_rank = LowRank.find(model, self.lora, pieces)
+        anchor = self._take_anchor(pieces, weights, anchor_path)
+        shared = self._shared(pieces, anchor)
+        self.anchor = anchor.keep(shared, self.store)
+        low_rank.check(self.anchor, shared)
+        if not (shared or low_rank.names):
             raise StockpotError(
                 "the anchor holds none of the model's trainable weights (it has "
                 f"{', '.join(list(anchor)[:3]) or 'nothing'}; the model has "
-                f"{', '.join(list(weights)[:3]) or 'nothing that trains'}): nothing to average"
+                f"{', '.join(list(pieces)[:3]) or 'nothing that trains'}): nothing to average"
             )
-        for name in shared:
-            check_shape(name, weights[name], anchor[name])
+        self._weights, self._low_rank = weights, low_rank
+        self._watch = Watch(weights, {n: p for n, p in shared.items() if n not in low_rank.names})
+        self._buffers = self._float_buffers(model) if self.buffers == "average" else {}
+        self._merge_steps = frozenset(steps)
+        self.total_steps, self._step = total_steps, 0
+        self.left_alone = [n for n in pieces if n not in shared and n not in low_rank.names]
+        _ATTACHED[unwrap(model)] = weakref.ref(self)
+        return self
 
-    def _take_anchor(self, model: nn.Module) -> Anchor:
-        if isinstance(self._given, Anchor):
-            return self._given
-        if self._given is not None:
-            return Anchor.load(self._given, store=self.store)
-        return Anchor.capture(model, store="device" if self.store == "device" else "cpu")
+    def _claim(self, model: nn.Module) -> None:
+        reference = _ATTACHED.get(unwrap(model))
+        other = reference() if reference is not None else None
+        if other is not None and other is not self and other.attached and not other.finished:
+            raise StockpotError(
+                "another SFA is attached to this model, and both would average: keep one, or end "
+                "the first with detach() (a `with` block does so)"
+            )
+
+    @property
+    def attached(self) -> bool:
+        """Whether there is a model to average."""
+        return self._weights is not None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the task's last step has been taken."""
+        return self._step >= self.total_steps
+
+    @property
+    def last_merge_step(self) -> int:
+        """The step of the last merge event of this task; 0 before the first."""
+        return self.events[-1].step if self.events else 0
+
+    def _chosen(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
+        choice = self.parameters
+        if choice is None:
+            return pieces
+        if callable(choice):
+            return {n: p for n, p in pieces.items() if choice(n, p.parameter)}
+        patterns = [choice] if isinstance(choice, str) else list(choice)
+        for pattern in patterns:
+            if not fnmatch.filter(pieces, pattern):
+                raise StockpotError(
+                    f"parameters: {pattern!r} matches no trainable weight{nearest(pattern, pieces)}"
+                )
+        return {n: p for n, p in pieces.items() if any(fnmatch.fnmatch(n, one) for one in patterns)}
+
+    def _shared(self, pieces: Mapping[str, Piece], anchor: Anchor) -> dict[str, Piece]:
+        return {n: piece for n, piece in pieces.items() if anchor.name_of(piece) is not None}
+
+    def _take_anchor(
+        self, pieces: Mapping[str, Piece], weights: Weights, path: Path | None
+    ) -> Anchor:
+        if isinstance(self.anchor_given, Anchor):
+            return self.anchor_given
+        if self.anchor_given is not None:
+            return Anchor.load(self.anchor_given, store="disk")
+        place: Literal["device", "cpu"] = "device" if self.store == "device" else "cpu"
+        anchor = Anchor.of(pieces, place, local=weights.distributed)
+        if path is None and self.store == "disk":
+            self._folder = tempfile.TemporaryDirectory(prefix="stockpot-anchor-")
+            path = Path(self._folder.name) / "anchor.safetensors"
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            anchor.save(path)
+        return Anchor.load(path, store="disk") if path and self.store == "disk" else anchor
+
+    def _float_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        return {
+            name: buffer.detach().clone()
+            for name, buffer in unwrap(model).named_buffers()
+            if buffer.is_floating_point()
+        }
 
     def step(self, global_step: int | None = None) -> MergeEvent | None:
         """Tell SFA that the optimizer has stepped; averages if this is a merge step.
@@ -140,32 +257,110 @@ class SFA:
 
         Returns:
             The merge event, or None when this step is no merge step.
+
+        Raises:
+            NonFiniteError: if the model has diverged; no weight was changed.
+            StockpotError: if an average did not stay written.
         """
-        if self._model is None or self._anchor is None:
+        if self._weights is None or self._watch is None:
             raise RuntimeError("SFA.step() before SFA.attach(model, optimizer, total_steps=T)")
         self._step = self._step + 1 if global_step is None else global_step
-        if self._step not in self._merge_steps:
-            return None
+        if self._watch.waiting:
+            self._watch.next_step()
+        if self._step in self._merge_steps:
+            return self.merge(self._step)
+        if self._step + 1 in self._merge_steps:
+            self._watch.look()
+        return None
+
+    @torch.no_grad()
+    def merge(self, step: int) -> MergeEvent:
+        """Average now, whatever the schedule says; ``step`` is only written down."""
+        weights, anchor, watch = self._weights, self.anchor, self._watch
+        if weights is None or anchor is None or watch is None or self._low_rank is None:
+            raise RuntimeError("SFA.merge() before SFA.attach(model, optimizer, total_steps=T)")
         begin = time.perf_counter()
-        before = self._distance()
-        self.left_alone = average_(self._model, self._anchor, self.beta)
+        pieces = self._chosen(weights.pieces())
+        low_rank = {n: p for n, p in pieces.items() if n in self._low_rank.names}
+        shared = {n: p for n, p in self._shared(pieces, anchor).items() if n not in low_rank}
+        check_finite({**shared, **low_rank}, weights)
+        watch.before(pieces)
+        before, after = blend_(shared, anchor, self.beta)
+        if low_rank:
+            first, second = self._low_rank.blend_(pieces, anchor, self.beta)
+            before, after = before + first, after + second
+        written = {**shared, **low_rank}
+        weights.publish(written)
+        watch.after(pieces, step)
+        update_moments(weights, written, self.optimizer_state, self.beta)
+        self._blend_buffers(weights.model)
+        before, after = weights.total([before, after])
         event = MergeEvent(
-            step=self._step,
+            step=step,
             beta=self.beta,
-            distance_before=before,
-            distance_after=self._distance(),
+            distance_before=math.sqrt(before),
+            distance_after=math.sqrt(after),
             seconds=time.perf_counter() - begin,
         )
         self.events.append(event)
         return event
 
-    def _distance(self) -> float:
-        assert self._model is not None
-        assert self._anchor is not None
-        weights = trainable_weights(self._model)
-        shared = [name for name in weights if name in self._anchor]
-        anchor = self._anchor
-        return l2_distance((weights[n] for n in shared), (anchor[n] for n in shared))
+    def _blend_buffers(self, model: nn.Module) -> None:
+        buffers = dict(unwrap(model).named_buffers())
+        for name, old in self._buffers.items():
+            buffers[name].copy_(lerp(buffers[name], old.to(buffers[name].device), self.beta))
+
+    def fingerprint(self) -> str:
+        """The anchor's SHA-256, over all processes."""
+        assert self.anchor is not None
+        own = self.anchor.fingerprint()
+        if self._weights is None or not self._weights.distributed:
+            return own
+        import torch.distributed as dist
+
+        every: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(every, own)
+        return hashlib.sha256("".join(every).encode()).hexdigest()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the anchor, as JSON."""
+        return {
+            "step": self._step,
+            "total_steps": self.total_steps,
+            "p": self.p,
+            "beta": self.beta,
+            "every": self.every,
+            "fingerprint": self.fingerprint(),
+            "events": [asdict(event) for event in self.events],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`; call it after :meth:`attach` with the same anchor.
+
+        Raises:
+            StockpotError: if the anchor, ``p``, ``beta`` or ``every`` is not the one of that run.
+        """
+        for key in ("p", "beta", "every"):
+            if state[key] != getattr(self, key):
+                raise StockpotError(
+                    f"cannot resume: {key} was {state[key]!r} and is {getattr(self, key)!r} now. "
+                    "Give the old value, or start a new run"
+                )
+        if state["fingerprint"] != self.fingerprint():
+            raise StockpotError(
+                "cannot resume: this is not the anchor that the run was started with (its "
+                "fingerprint differs). Give the same anchor, or start a new run"
+            )
+        self._step = int(state["step"])
+        self.events = [MergeEvent(**event) for event in state["events"]]
+
+    def detach(self) -> None:
+        """Let go of the model and the anchor; ``events`` stay."""
+        self._weights = self._watch = self._low_rank = self.anchor = None
+        self._buffers = {}
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
     def __enter__(self) -> Self:
         return self
@@ -176,6 +371,5 @@ class SFA:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Let go of the model and the anchor; ``events`` stay."""
-        self._model = None
-        self._anchor = None
+        """:meth:`detach`."""
+        self.detach()

@@ -1,0 +1,140 @@
+"""Averaging low-rank adapters by their product, not by their factors.
+
+The adapted weight is ``W + s B A``. The average of two products is not the product of the averaged
+factors: it is off by ``beta (1 - beta) (B1 - B0)(A1 - A0)``. Where the anchor has no adapter yet
+(``B0 = 0``), the exact average is ``B <- (1 - beta) B``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from stockpot.averaging.anchor import Anchor
+from stockpot.averaging.blend import blend_
+from stockpot.averaging.weights import Piece, unwrap
+from stockpot.errors import StockpotError
+
+__all__ = ["LoraMode", "LowRank", "check_lora"]
+
+LoraMode = Literal["auto", "factors"]
+
+_FACTOR = re.compile(r"(.*)\.lora_(?:embedding_)?(A|B)\.(.+?)(?:\.weight)?")
+# Adapters whose effect is linear in what trains: the plain rule is exact for them.
+_LINEAR = {"IA3", "LN_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "TRAINABLE_TOKENS"}
+_log = logging.getLogger("stockpot")
+
+
+def check_lora(mode: str) -> None:
+    """Refuse an unknown mode."""
+    valid = typing.get_args(LoraMode)
+    if mode not in valid:
+        raise ValueError(f"lora = {mode!r} is not one of {', '.join(valid)}")
+
+
+class LowRank:
+    """The adapters of one model: pairs of factor names, and how they are averaged.
+
+    Attributes:
+        pairs: names of (A, B) for each adapted weight.
+        names: all names that :meth:`blend_` takes care of.
+    """
+
+    def __init__(self, pairs: list[tuple[str, str]], mode: LoraMode) -> None:
+        self.pairs = pairs
+        self.mode = mode
+        self.names = {name for pair in pairs for name in pair}
+
+    @classmethod
+    def find(cls, model: nn.Module, mode: LoraMode, pieces: Mapping[str, Piece]) -> Self:
+        """The adapters among ``pieces``.
+
+        Raises:
+            StockpotError: if a kind of adapter cannot be averaged exactly and ``mode`` is "auto".
+        """
+        if mode == "auto":
+            _refuse_inexact(unwrap(model), pieces)
+        factors: dict[tuple[str, str], dict[str, str]] = {}
+        for name in pieces:
+            if match := _FACTOR.fullmatch(name):
+                module, factor, adapter = match.groups()
+                if not adapter.endswith("bias"):  # a bias of B is linear: the plain rule is exact
+                    factors.setdefault((module, adapter), {})[factor] = name
+        pairs = [(found["A"], found["B"]) for found in factors.values() if len(found) == 2]
+        return cls(pairs, mode)
+
+    def check(self, anchor: Anchor, pieces: Mapping[str, Piece]) -> None:
+        """Refuse a continued adapter unless the user has chosen.
+
+        Raises:
+            StockpotError: if the anchor's adapter is not fresh and ``lora`` is "auto".
+        """
+        if self.mode != "auto":
+            return
+        for _, b in self.pairs:
+            if b in pieces and bool(anchor.part(pieces[b]).any()):
+                raise StockpotError(
+                    f"the adapter {b!r} was trained before: averaging its factors is not averaging "
+                    "the model. Merge it into the base and start a fresh adapter "
+                    "(model.merge_and_unload(), then get_peft_model): that is exact. Or accept "
+                    "the error with lora='factors'; it is logged at each merge event"
+                )
+
+    def blend_(
+        self, pieces: Mapping[str, Piece], anchor: Anchor, beta: float
+    ) -> tuple[float, float]:
+        """Average the adapters in place; squared distances of B to the anchor, before and after."""
+        if self.mode == "factors":
+            pairs = [(pieces[a], pieces[b]) for a, b in self.pairs]
+            _log.info("lora='factors': relative error %.3g", _factor_error(pairs, anchor, beta))
+            return blend_({name: pieces[name] for name in self.names}, anchor, beta)
+        before = 0.0
+        for _, name in self.pairs:
+            b = pieces[name]
+            norm = torch.linalg.vector_norm(b.values, dtype=torch.float64)
+            before += float(norm) ** 2 / b.copies
+            b.values.mul_(1.0 - beta)
+        return before, (1.0 - beta) ** 2 * before
+
+
+def _factor_error(pairs: list[tuple[Piece, Piece]], anchor: Anchor, beta: float) -> float:
+    """``beta (1 - beta) ||(B1 - B0)(A1 - A0)|| / ||B1 A1 - B0 A0||``, over whole factors."""
+    error = moved = 0.0
+    for a, b in pairs:
+        if a.region is not None or b.region is not None or a.values.ndim != 2:
+            continue  # parts of factors have no product
+        a1, b1 = a.values.double(), b.values.double()
+        a0, b0 = (anchor.part(piece).to(a1.device, torch.float64) for piece in (a, b))
+        error += _squared_norm(b1 - b0, a1 - a0)
+        moved += _squared_norm(torch.cat([b1, -b0], 1), torch.cat([a1, a0], 0))
+    return beta * (1.0 - beta) * (error / moved) ** 0.5 if moved else 0.0
+
+
+def _squared_norm(left: Tensor, right: Tensor) -> float:
+    """``||left @ right||^2`` without the product: its trace, through rank x rank matrices."""
+    return float(torch.sum((left.T @ left) * (right @ right.T)))
+
+
+def _refuse_inexact(model: nn.Module, pieces: Mapping[str, Piece]) -> None:
+    configs: Mapping[str, Any] = getattr(model, "peft_config", {}) or {}
+    for adapter, config in configs.items():
+        kind = str(getattr(config, "peft_type", "LORA")).rpartition(".")[2]
+        init = str(getattr(config, "init_lora_weights", True)).lower()
+        reason = None
+        if kind not in {"LORA", *_LINEAR}:
+            reason = f"{kind} is not linear in what it trains"
+        elif getattr(config, "use_dora", False):
+            reason = "DoRA normalises each column, so it is not linear in B A"
+        elif any(name in init for name in ("pissa", "olora", "corda", "loftq", "orthogonal")):
+            reason = f"init_lora_weights={init!r} moves a part of the base into the adapter"
+        if reason and pieces:
+            raise StockpotError(
+                f"adapter {adapter!r} cannot be averaged exactly: {reason}. Train a plain LoRA "
+                "adapter, or accept the error with lora='factors'"
+            )
