@@ -470,7 +470,6 @@ def test_leaving_the_context_lets_errors_through() -> None:
         ({"beta": math.nan}, "beta = nan"),
         ({"every": 0}, "every = 0 "),
         ({"every": 2.5}, "every = 2.5"),
-        ({"store": "disk"}, "anchor='path'"),
         ({"store": "disk", "anchor": Anchor({})}, "anchor='path'"),
     ],
 )

@@ -100,6 +100,11 @@ class Anchor(Mapping[str, Tensor]):
         tensors = {name: on_disk[name].to(device, copy=True) for name in on_disk}
         return cls(tensors, local=local)
 
+    @property
+    def on_disk(self) -> bool:
+        """Whether its tensors are read when they are asked for."""
+        return isinstance(self._tensors, _TensorsOnDisk)
+
     def save(self, path: str | Path) -> None:
         """Write the anchor as one safetensors file, atomically.
 
@@ -159,10 +164,10 @@ class Anchor(Mapping[str, Tensor]):
             if self.name_of(piece) is None:
                 continue
             part = self.part(piece)
-            _check_finite(name, part.to(piece.values.dtype) if _is_narrow(piece) else part)
+            _check_finite(name, part.to(piece.values.dtype))  # 1e6 is infinite in float16
             if store == "cpu":
                 kept[name] = part if part.device.type == "cpu" else part.cpu()
-                if isinstance(self._tensors, _TensorsOnDisk) or piece.region is not None:
+                if self.on_disk or piece.region is not None:
                     kept[name] = kept[name].clone()  # not a view of the file or of the whole
                 if piece.values.is_cuda:
                     kept[name] = kept[name].pin_memory()
@@ -255,10 +260,6 @@ def _copy(values: Tensor, store: str) -> Tensor:
         return values.detach().clone()
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     return host.copy_(values.detach())
-
-
-def _is_narrow(piece: Piece) -> bool:
-    return piece.values.dtype in (torch.float16, torch.bfloat16)
 
 
 def _check_finite(name: str, weight: Tensor) -> None:

@@ -111,6 +111,11 @@ class SFA:
         check_lora(lora)
         if buffers not in typing.get_args(Buffers):
             raise ValueError(f"buffers = {buffers!r} is not one of keep, average")
+        if store == "disk" and isinstance(anchor, Anchor) and not anchor.on_disk:
+            raise ValueError(
+                "store='disk' reads the anchor from a file, and this one is in memory: save it "
+                "with anchor.save(path) and give anchor='path'"
+            )
         self.anchor_given = anchor
         if isinstance(anchor, str | Path) and (Path(anchor).exists() or Path(anchor).is_absolute()):
             find_files(anchor)

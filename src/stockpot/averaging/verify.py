@@ -86,7 +86,7 @@ class Watch:
             return
         now = self._sample(self.weights.pieces()[self.name].values)
         gap = float((before - written).norm())
-        if gap >= 10 * self._step_length and float((now - before).norm()) <= 0.2 * gap:
+        if gap > 0 and gap >= 10 * self._step_length and float((now - before).norm()) <= 0.2 * gap:
             raise StockpotError(
                 f"the average written at step {self._at} was undone by the next optimizer step "
                 f"({self.name!r} is back where it was): the optimizer or a wrapper keeps its own "

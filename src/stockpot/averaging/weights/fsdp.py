@@ -79,12 +79,12 @@ class FSDP2(Weights):
         parts = math.prod(
             mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_shard()
         )
-        local = parameter.detach().to_local()
+        local: Tensor = parameter.detach().to_local()  # type: ignore[attr-defined]
         return Piece(
             piece.name,
             local,
             parameter.shape,
-            parameter,
+            piece.parameter,
             region=Box(tuple(offset), tuple(shape)),
             copies=world // parts,
             also=piece.also,

@@ -1,0 +1,1 @@
+"""SFA in the trainers that people use: thin translations of their events."""
