@@ -129,6 +129,7 @@ class SFA:
         self._buffers: dict[str, Tensor] = {}
         self._merge_steps: frozenset[int] = frozenset()
         self._step = 0
+        self._fingerprint: str | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def attach(
@@ -137,6 +138,7 @@ class SFA:
         optimizer: object | None = None,
         *,
         total_steps: int,
+        anchor: Anchor | None = None,
         anchor_path: Path | None = None,
     ) -> Self:
         """Take the anchor and fix the merge steps; call it once, before the first step.
@@ -146,6 +148,7 @@ class SFA:
             optimizer: the optimizer that trains it (several: a list). It may hold the true weights
                 (DeepSpeed), and its moments are treated as ``optimizer_state`` says.
             total_steps: T, the number of optimizer steps of this task.
+            anchor: instead of the one that SFA was made with (a resumed run's).
             anchor_path: where a captured anchor is written, so that a resumed run can read it; by
                 default it is kept in memory, or with ``store="disk"`` in a temporary file.
 
@@ -169,7 +172,7 @@ class SFA:
         weights = find_weights(model, optimizer)
         pieces = self._chosen(weights.pieces())
         low_rank = LowRank.find(model, self.lora, pieces)
-        anchor = self._take_anchor(pieces, weights, anchor_path)
+        anchor = anchor or self._take_anchor(pieces, weights, anchor_path)
         shared = self._shared(pieces, anchor)
         self.anchor = anchor.keep(shared, self.store)
         low_rank.check(self.anchor, shared)
@@ -183,7 +186,7 @@ class SFA:
         self._watch = Watch(weights, {n: p for n, p in shared.items() if n not in low_rank.names})
         self._buffers = self._float_buffers(model) if self.buffers == "average" else {}
         self._merge_steps = frozenset(steps)
-        self.total_steps, self._step = total_steps, 0
+        self.total_steps, self._step, self._fingerprint = total_steps, 0, None
         self.left_alone = [n for n in pieces if n not in shared and n not in low_rank.names]
         _ATTACHED[unwrap(model)] = weakref.ref(self)
         return self
@@ -317,15 +320,18 @@ class SFA:
 
     def fingerprint(self) -> str:
         """The anchor's SHA-256, over all processes."""
-        assert self.anchor is not None
-        own = self.anchor.fingerprint()
-        if self._weights is None or not self._weights.distributed:
-            return own
-        import torch.distributed as dist
+        if self._fingerprint is not None:
+            return self._fingerprint
+        if self.anchor is None or self._weights is None:
+            raise RuntimeError("SFA has no anchor before attach() and after detach()")
+        self._fingerprint = self.anchor.fingerprint()
+        if self._weights.distributed:
+            import torch.distributed as dist
 
-        every: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(every, own)
-        return hashlib.sha256("".join(every).encode()).hexdigest()
+            every: list[Any] = [None] * dist.get_world_size()
+            dist.all_gather_object(every, self._fingerprint)
+            self._fingerprint = hashlib.sha256("".join(every).encode()).hexdigest()
+        return self._fingerprint
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the anchor, as JSON."""
