@@ -18,3 +18,12 @@ def mirror() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("needs STOCKPOT_DATA, a folder with the hub's data sets")
     return Path(folder)
+
+
+@pytest.fixture
+def stories() -> Path:
+    """A tiny real language model with its tokenizer: a folder in STOCKPOT_MODELS."""
+    models = os.environ.get("STOCKPOT_MODELS")
+    if not models:
+        pytest.skip("set STOCKPOT_MODELS to a folder that holds stories260K")
+    return Path(models) / "stories260K"
