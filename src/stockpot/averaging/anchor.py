@@ -7,14 +7,15 @@ import os
 import re
 import typing
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from stockpot.arithmetic import fingerprint, is_finite
+from stockpot.averaging.disk import TensorsOnDisk
 from stockpot.averaging.weights import Box, Piece, Span, find_weights
 from stockpot.errors import NonFiniteError, StockpotError
 from stockpot.files import write_tensors
@@ -92,7 +93,7 @@ class Anchor(Mapping[str, Tensor]):
         """
         check_store(store)
         files, local = find_files(path)
-        on_disk = _TensorsOnDisk(files)
+        on_disk = TensorsOnDisk(files)
         if store == "disk":
             return cls(on_disk, local=local)
         device = "cuda" if store == "device" and torch.cuda.is_available() else "cpu"
@@ -103,7 +104,7 @@ class Anchor(Mapping[str, Tensor]):
     @property
     def on_disk(self) -> bool:
         """Whether its tensors are read when they are asked for."""
-        return isinstance(self._tensors, _TensorsOnDisk)
+        return isinstance(self._tensors, TensorsOnDisk)
 
     def save(self, path: str | Path) -> None:
         """Write the anchor as one safetensors file, atomically.
@@ -146,11 +147,36 @@ class Anchor(Mapping[str, Tensor]):
             part = self[name]
             _check_shape(piece.name, piece.shape, part.shape)
             return part
-        if isinstance(self._tensors, _TensorsOnDisk):
+        if isinstance(self._tensors, TensorsOnDisk):
             _check_shape(piece.name, piece.shape, self._tensors.shape(name))
-            return _cut(self._tensors.slice(name), piece)
+            return _read_part(self._tensors, name, piece)
         _check_shape(piece.name, piece.shape, self[name].shape)
         return _cut(self[name], piece)
+
+    def elements(self, piece: Piece) -> tuple[str, int, int] | None:
+        """Where ``piece`` is one run of elements on disk: its name there, the first and the last.
+
+        None if it is not on disk, or not in one run; then :meth:`part` is the way.
+        """
+        name = self.name_of(piece)
+        if name is None or not isinstance(self._tensors, TensorsOnDisk):
+            return None
+        whole = self._tensors.shape(name)
+        if self.local or piece.region is None:
+            _check_shape(piece.name, piece.values.shape, whole)
+            return name, 0, whole.numel()
+        _check_shape(piece.name, piece.shape, whole)
+        if isinstance(piece.region, Span):
+            return name, piece.region.start, piece.region.stop
+        if piece.region.shape[1:] != tuple(whole[1:]):
+            return None
+        row, first = whole[1:].numel(), piece.region.offset[:1]
+        return name, first[0] * row, first[0] * row + piece.values.numel()
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements ``start`` to ``stop`` of a tensor on disk."""
+        assert isinstance(self._tensors, TensorsOnDisk)
+        return self._tensors.elements(name, start, stop)
 
     def keep(self, pieces: Mapping[str, Piece], store: Store) -> Anchor:
         """Only what ``pieces`` need, each checked; in memory unless ``store`` is ``"disk"``.
@@ -278,65 +304,35 @@ def _check_shape(name: str, weight: torch.Size, anchor: torch.Size) -> None:
         )
 
 
-def _cut(whole: Any, piece: Piece) -> Tensor:
-    """The piece's region of a tensor or of a safetensors slice; a span only reads its rows."""
+def _cut(whole: Tensor, piece: Piece) -> Tensor:
+    """The piece's region of a whole tensor."""
     if isinstance(piece.region, Box):
-        offset, shape = piece.region.offset, piece.region.shape
-        if 0 in shape:
-            return piece.values.new_empty(shape)
-        region = tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))
-        block: Tensor = whole[region]
-        return block
+        for dim, (start, size) in enumerate(
+            zip(piece.region.offset, piece.region.shape, strict=True)
+        ):
+            whole = whole.narrow(dim, start if size else 0, size)
+        return whole
     assert isinstance(piece.region, Span)
-    start, stop = piece.region.start, piece.region.stop
-    part = piece.values.new_zeros(piece.values.numel(), dtype=torch.float32)
-    if stop <= start:
-        return part
-    if not piece.shape:
-        found: Tensor = whole[...] if isinstance(whole, Tensor) else whole[:]
-        found = found.reshape(-1)
-    else:
-        row = max(1, piece.shape.numel() // piece.shape[0])
-        first, last = start // row, -(-stop // row)
-        found = whole[first:last].reshape(-1)[start - first * row : stop - first * row]
-    if found.numel() == piece.values.numel():
-        return found
-    part = found.new_zeros(piece.values.numel())  # ZeRO pads its partitions
-    part[: found.numel()] = found
-    return part
+    return _padded(whole.reshape(-1)[piece.region.start : piece.region.stop], piece)
 
 
-class _TensorsOnDisk(Mapping[str, Tensor]):
-    """The tensors of safetensors files, each read when it is asked for."""
+def _read_part(tensors: TensorsOnDisk, name: str, piece: Piece) -> Tensor:
+    """The piece's region, of which only the rows or elements are read."""
+    if isinstance(piece.region, Span):
+        part = tensors.elements(name, piece.region.start, piece.region.stop)
+        return _padded(part, piece)
+    assert isinstance(piece.region, Box)
+    if not piece.region.shape:
+        return tensors[name]
+    start, size = piece.region.offset[0], piece.region.shape[0]
+    rows = tensors.rows(name, start, start + size) if size else tensors.rows(name, 0, 0)
+    inner = Box((0, *piece.region.offset[1:]), piece.region.shape)
+    return _cut(rows, replace(piece, region=inner))
 
-    def __init__(self, paths: list[Path]) -> None:
-        self._homes: dict[str, Any] = {}
-        for path in paths:
-            try:
-                file = safe_open(str(path), framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise StockpotError(
-                    f"anchor {path} is damaged or is no safetensors file: {error}"
-                ) from error
-            self._homes.update(dict.fromkeys(file.keys(), file))
 
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._homes[name].get_tensor(name)
-        return tensor
-
-    def slice(self, name: str) -> Any:
-        """A tensor of which only the parts asked for are read."""
-        return self._homes[name].get_slice(name)
-
-    def shape(self, name: str) -> torch.Size:
-        """A tensor's shape, from the header."""
-        return torch.Size(self.slice(name).get_shape())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._homes
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._homes)
-
-    def __len__(self) -> int:
-        return len(self._homes)
+def _padded(part: Tensor, piece: Piece) -> Tensor:
+    if part.numel() == piece.values.numel():
+        return part.view(piece.values.shape)
+    whole = part.new_zeros(piece.values.numel())  # ZeRO pads its partitions
+    whole[: part.numel()] = part
+    return whole

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from numbers import Real
 
 import torch
@@ -19,6 +22,8 @@ __all__ = ["average_", "blend_", "check_beta", "check_finite"]
 # Elements that are worked on at a time: the difference then stays in the processor's cache, so that
 # the weights go through memory once.
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
+# Elements that are read from disk at a time; three such reads are in memory at once.
+_STREAM = 1 << 20
 
 
 def check_beta(beta: float) -> float:
@@ -117,14 +122,43 @@ def blend_(pieces: Mapping[str, Piece], anchor: Anchor, beta: float) -> tuple[fl
     """
     before = after = 0.0
     scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    for piece in pieces.values():
-        values, part = piece.values, anchor.part(piece)
-        if not values.numel():
-            continue
+    for piece, values, part in _read_ahead(_jobs(pieces, anchor)):
         first, second = _blend_tensor(values, part, beta, scratch)
         before += first / piece.copies
         after += second / piece.copies
     return before, after
+
+
+_Job = tuple[Piece, Tensor, Callable[[], Tensor], bool]
+
+
+def _jobs(pieces: Mapping[str, Piece], anchor: Anchor) -> Iterator[_Job]:
+    """Values to write, how to get the anchor's, and whether that means reading a file."""
+    for piece in pieces.values():
+        if not piece.values.numel():
+            continue
+        run = anchor.elements(piece) if piece.values.is_contiguous() else None
+        if run is None:
+            yield piece, piece.values, partial(anchor.part, piece), anchor.on_disk
+            continue
+        name, start, stop = run
+        flat = piece.values.view(-1)
+        for at in range(0, stop - start, _STREAM):
+            end = min(at + _STREAM, stop - start)
+            yield piece, flat[at:end], partial(anchor.read, name, start + at, start + end), True
+
+
+def _read_ahead(jobs: Iterable[_Job]) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    """What is on disk is read by a second thread while the processor averages what came before."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting: deque[tuple[Piece, Tensor, Future[Tensor] | None, Callable[[], Tensor]]] = deque()
+        for piece, values, get, from_disk in jobs:
+            waiting.append((piece, values, reader.submit(get) if from_disk else None, get))
+            if len(waiting) > 2:
+                first, its_values, future, its_get = waiting.popleft()
+                yield first, its_values, future.result() if future else its_get()
+        for first, its_values, future, its_get in waiting:
+            yield first, its_values, future.result() if future else its_get()
 
 
 def _blend_tensor(
