@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from stockpot.averaging.weights import Piece, Weights
+from stockpot.averaging.weights.masters import unwrap_optimizer
 from stockpot.errors import StockpotError
 
 __all__ = ["Watch"]
 
 _ELEMENTS = 4096
+_log = logging.getLogger("stockpot")
 
 
 class Watch:
@@ -20,7 +23,9 @@ class Watch:
 
     A write to a copy of the weights looks right until the optimizer steps its own. What tells them
     apart: the sample is then back where it was before the average, and the average had moved it by
-    much more than a step does. When a step is as long as the average moved it, nothing can be said.
+    much more than a step does. A model that is pulled back that far by one honest step looks the
+    same, so this is an error only where no step can be that long (Adam and its kin, whose steps
+    are bounded by the learning rate), and a warning elsewhere.
     """
 
     def __init__(self, weights: Weights, pieces: Mapping[str, Piece]) -> None:
@@ -86,10 +91,25 @@ class Watch:
             return
         now = self._sample(self.weights.pieces()[self.name].values)
         gap = float((before - written).norm())
-        if gap > 0 and gap >= 10 * self._step_length and float((now - before).norm()) <= 0.2 * gap:
-            raise StockpotError(
-                f"the average written at step {self._at} was undone by the next optimizer step "
-                f"({self.name!r} is back where it was): the optimizer or a wrapper keeps its own "
-                "copy of the weights. Give attach() the optimizer that steps them, or train "
-                "without master copies."
-            )
+        if not (gap > 10 * self._step_length and float((now - before).norm()) <= 0.2 * gap):
+            return
+        message = (
+            f"the average written at step {self._at} was undone by the next optimizer step "
+            f"({self.name!r} is back where it was)"
+        )
+        largest = float((now - written).abs().max())
+        if largest <= _longest_step(self.weights.optimizer):
+            _log.warning("%s, or training pulled it back that fast", message)
+            return
+        raise StockpotError(
+            f"{message}: the optimizer or a wrapper keeps its own copy of the weights. Give "
+            "attach() the optimizer that steps them, or train without master copies."
+        )
+
+
+def _longest_step(optimizer: object | None) -> float:
+    """More than any element can move in one step; infinite where nothing bounds it."""
+    groups = getattr(unwrap_optimizer(optimizer), "param_groups", None) or [{}]
+    if not all("betas" in group and "lr" in group for group in groups):
+        return float("inf")
+    return 20 * max(float(group["lr"]) for group in groups)
