@@ -4,17 +4,22 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: help demo test check format benchmarks clean
+VENV_COMPOSER ?= .venv-composer
+
+.PHONY: help demo test test-composer check format benchmarks clean
 .DEFAULT_GOAL := help
 
 help:  ## what there is to make
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 18
 
 demo: $(VENV)/.installed  ## install, compare the paper's methods on real digits, say where the report is
 	$(BIN)/stockpot run recipes/digits.yaml
 
 test: $(VENV)/.installed-dev  ## install and run the tests (STOCKPOT_DATA=folder adds those on real data sets)
 	$(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+test-composer: $(VENV_COMPOSER)/.installed  ## the Composer adapter and averaging, in an environment of its own (5.4 GB)
+	PYTHONPATH=src $(VENV_COMPOSER)/bin/python -m pytest tests/integrations/test_composer.py tests/averaging/test_sfa.py tests/averaging/test_blend.py tests/averaging/test_schedule.py
 
 check: $(VENV)/.installed-dev  ## lint, format and types
 	$(BIN)/ruff check .
@@ -25,11 +30,12 @@ format: $(VENV)/.installed-dev  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(VENV)/.installed  ## steps per second against a bare loop (AVALANCHE=python adds that peer)
+benchmarks: $(VENV)/.installed  ## steps per second against a bare loop (AVALANCHE=python adds that peer), the cost of averaging
 	$(BIN)/python benchmarks/step_overhead.py $(if $(AVALANCHE),--avalanche $(AVALANCHE))
+	$(BIN)/python benchmarks/averaging.py
 
 clean:  ## remove the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV_COMPOSER) .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"stockpot needs Python 3.11 or newer; {sys.executable} is {v.major}.{v.minor}. Name another: make PYTHON=python3.12 ...")'
@@ -44,4 +50,10 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(VENV_COMPOSER)/.installed:
+	$(PYTHON) -m venv $(VENV_COMPOSER)
+	@echo "installing Composer into $(VENV_COMPOSER) (some minutes)"
+	@$(VENV_COMPOSER)/bin/python -m pip install --quiet mosaicml==0.32.1 pytest hypothesis
 	@touch $@
