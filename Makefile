@@ -55,5 +55,5 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 $(VENV_COMPOSER)/.installed:
 	$(PYTHON) -m venv $(VENV_COMPOSER)
 	@echo "installing Composer into $(VENV_COMPOSER) (some minutes)"
-	@$(VENV_COMPOSER)/bin/python -m pip install --quiet mosaicml==0.32.1 pytest hypothesis
+	@$(VENV_COMPOSER)/bin/python -m pip install --quiet mosaicml==0.32.1 safetensors pytest hypothesis
 	@touch $@

@@ -113,7 +113,9 @@ class FSDP1(Weights):
             if not isinstance(module, FullyShardedDataParallel) or module._handle is None:
                 continue
             handle: Any = module._handle
-            if handle.uses_sharded_strategy and not handle.is_sharded(handle.flat_param):
+            if handle.uses_sharded_strategy and not (
+                handle.is_sharded(handle.flat_param) and handle.needs_unshard()
+            ):
                 _reshard(module, handle, True)  # else the next forward reads the gathered copy
             flat = handle.flat_param
             managed.add(id(flat))
