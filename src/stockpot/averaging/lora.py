@@ -2,7 +2,7 @@
 
 The adapted weight is ``W + s B A``. The average of two products is not the product of the averaged
 factors: it is off by ``beta (1 - beta) (B1 - B0)(A1 - A0)``. Where the anchor has no adapter yet
-(``B0 = 0``), the exact average is ``B <- (1 - beta) B``.
+(``B0 = 0``, or for embeddings ``A0 = 0``), the exact average is ``B <- (1 - beta) B``.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class LowRank:
         self.pairs = pairs
         self.mode = mode
         self.names = {name for pair in pairs for name in pair}
+        self._scaled: list[str] = []
 
     @classmethod
     def find(cls, model: nn.Module, mode: LoraMode, pieces: Mapping[str, Piece]) -> Self:
@@ -75,31 +76,38 @@ class LowRank:
         Raises:
             StockpotError: if the anchor's adapter is not fresh and ``lora`` is "auto".
         """
-        if self.mode != "auto":
-            return
-        for _, b in self.pairs:
-            if b in pieces and bool(anchor.part(pieces[b]).any()):
+        self._scaled = []
+        for a, b in self.pairs:
+            trained = {
+                name for name in (a, b) if name in pieces and bool(anchor.part(pieces[name]).any())
+            }
+            if self.mode == "auto" and trained == {a, b}:
                 raise StockpotError(
                     f"the adapter {b!r} was trained before: averaging its factors is not averaging "
                     "the model. Merge it into the base and start a fresh adapter "
                     "(model.merge_and_unload(), then get_peft_model): that is exact. Or accept "
                     "the error with lora='factors'; it is logged at each merge event"
                 )
+            # The factor that starts at zero: B of a linear layer, A of an embedding.
+            self._scaled.append(a if b in trained else b)
 
     def blend_(
         self, pieces: Mapping[str, Piece], anchor: Anchor, beta: float
     ) -> tuple[float, float]:
-        """Average the adapters in place; squared distances of B to the anchor, before and after."""
+        """Average the adapters in place; squared distances, before and after.
+
+        In the exact mode the distance is the norm of the factor that started at zero.
+        """
         if self.mode == "factors":
             pairs = [(pieces[a], pieces[b]) for a, b in self.pairs]
             _log.info("lora='factors': relative error %.3g", _factor_error(pairs, anchor, beta))
             return blend_({name: pieces[name] for name in self.names}, anchor, beta)
         before = 0.0
-        for _, name in self.pairs:
-            b = pieces[name]
-            norm = torch.linalg.vector_norm(b.values, dtype=torch.float64)
-            before += float(norm) ** 2 / b.copies
-            b.values.mul_(1.0 - beta)
+        for name in self._scaled:
+            factor = pieces[name]
+            norm = torch.linalg.vector_norm(factor.values, dtype=torch.float64)
+            before += float(norm) ** 2 / factor.copies
+            factor.values.mul_(1.0 - beta)
         return before, (1.0 - beta) ** 2 * before
 
 
