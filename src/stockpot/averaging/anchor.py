@@ -173,10 +173,10 @@ class Anchor(Mapping[str, Tensor]):
         row, first = whole[1:].numel(), piece.region.offset[:1]
         return name, first[0] * row, first[0] * row + piece.values.numel()
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements ``start`` to ``stop`` of a tensor on disk."""
+    def stream(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements of a tensor on disk, in memory that the next call uses again."""
         assert isinstance(self._tensors, TensorsOnDisk)
-        return self._tensors.elements(name, start, stop)
+        return self._tensors.stream(name, start, stop)
 
     def keep(self, pieces: Mapping[str, Piece], store: Store) -> Anchor:
         """Only what ``pieces`` need, each checked; in memory unless ``store`` is ``"disk"``.

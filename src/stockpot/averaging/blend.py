@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from collections.abc import Iterator, Mapping
 from numbers import Real
 
 import torch
@@ -22,7 +19,7 @@ __all__ = ["average_", "blend_", "check_beta", "check_finite"]
 # Elements that are worked on at a time: the difference then stays in the processor's cache, so that
 # the weights go through memory once.
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
-# Elements that are read from disk at a time; three such reads are in memory at once.
+# Elements that are read from disk at a time.
 _STREAM = 1 << 20
 
 
@@ -122,43 +119,29 @@ def blend_(pieces: Mapping[str, Piece], anchor: Anchor, beta: float) -> tuple[fl
     """
     before = after = 0.0
     scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    for piece, values, part in _read_ahead(_jobs(pieces, anchor)):
+    for piece, values, part in _parts(pieces, anchor):
         first, second = _blend_tensor(values, part, beta, scratch)
         before += first / piece.copies
         after += second / piece.copies
     return before, after
 
 
-_Job = tuple[Piece, Tensor, Callable[[], Tensor], bool]
-
-
-def _jobs(pieces: Mapping[str, Piece], anchor: Anchor) -> Iterator[_Job]:
-    """Values to write, how to get the anchor's, and whether that means reading a file."""
-    for piece in pieces.values():
+def _parts(pieces: Mapping[str, Piece], anchor: Anchor) -> Iterator[tuple[Piece, Tensor, Tensor]]:
+    """Values to write and the anchor's, a part of a tensor at a time if those are on disk."""
+    order = {name: index for index, name in enumerate(anchor)} if anchor.on_disk else {}
+    # A file is read from its beginning to its end.
+    for piece in sorted(pieces.values(), key=lambda p: order.get(anchor.name_of(p) or "", 0)):
         if not piece.values.numel():
             continue
         run = anchor.elements(piece) if piece.values.is_contiguous() else None
         if run is None:
-            yield piece, piece.values, partial(anchor.part, piece), anchor.on_disk
+            yield piece, piece.values, anchor.part(piece)
             continue
         name, start, stop = run
         flat = piece.values.view(-1)
         for at in range(0, stop - start, _STREAM):
             end = min(at + _STREAM, stop - start)
-            yield piece, flat[at:end], partial(anchor.read, name, start + at, start + end), True
-
-
-def _read_ahead(jobs: Iterable[_Job]) -> Iterator[tuple[Piece, Tensor, Tensor]]:
-    """What is on disk is read by a second thread while the processor averages what came before."""
-    with ThreadPoolExecutor(1) as reader:
-        waiting: deque[tuple[Piece, Tensor, Future[Tensor] | None, Callable[[], Tensor]]] = deque()
-        for piece, values, get, from_disk in jobs:
-            waiting.append((piece, values, reader.submit(get) if from_disk else None, get))
-            if len(waiting) > 2:
-                first, its_values, future, its_get = waiting.popleft()
-                yield first, its_values, future.result() if future else its_get()
-        for first, its_values, future, its_get in waiting:
-            yield first, its_values, future.result() if future else its_get()
+            yield piece, flat[at:end], anchor.stream(name, start + at, start + end)
 
 
 def _blend_tensor(

@@ -7,8 +7,10 @@ once it is touched; here bytes are read into a tensor that goes when its user is
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,8 @@ class TensorsOnDisk(Mapping[str, Tensor]):
 
     def __init__(self, paths: list[Path]) -> None:
         self._places: dict[str, _Place] = {}
+        self._files: dict[Path, FileIO] = {}
+        self._buffers: dict[torch.dtype, Tensor] = {}
         for path in paths:
             try:
                 with safe_open(str(path), framework="pt"):  # checks the header against the size
@@ -63,7 +67,8 @@ class TensorsOnDisk(Mapping[str, Tensor]):
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length))
             header.pop("__metadata__", None)
-            for name, entry in header.items():
+            # In the order of the file, so that a reader of all of it never goes back.
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 begin = 8 + length + entry["data_offsets"][0]
                 shape = torch.Size(entry["shape"])
                 self._places[name] = _Place(path, begin, entry["dtype"], shape)
@@ -84,21 +89,47 @@ class TensorsOnDisk(Mapping[str, Tensor]):
         Raises:
             StockpotError: if the file has become shorter, or holds a type of number unknown here.
         """
+        values = torch.empty(stop - start, dtype=self._dtype(name))
+        self._fill(values, self._places[name], start)
+        return values
+
+    def _dtype(self, name: str) -> torch.dtype:
         place = self._places[name]
         if place.dtype not in _DTYPES:
             raise StockpotError(f"anchor {place.path}: {name!r} has the type {place.dtype}")
-        values = torch.empty(stop - start, dtype=_DTYPES[place.dtype])
+        return _DTYPES[place.dtype]
+
+    def stream(self, name: str, start: int, stop: int) -> Tensor:
+        """Like :meth:`elements`, in memory that the next call uses again.
+
+        New memory costs more than reading into it: the system clears each page first.
+        """
+        dtype = self._dtype(name)
+        buffer = self._buffers.get(dtype)
+        if buffer is None or buffer.numel() < stop - start:
+            buffer = self._buffers[dtype] = torch.empty(stop - start, dtype=dtype)
+        values = buffer[: stop - start]
+        self._fill(values, self._places[name], start)
+        return values
+
+    def _fill(self, values: Tensor, place: _Place, start: int) -> None:
         view: Any = memoryview(values.view(torch.uint8).numpy().data if values.numel() else b"")
         offset = place.offset + start * values.element_size()
-        with place.path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            done = 0
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise StockpotError(f"anchor {place.path} was cut short while in use")
-                done += count
-        return values
+        descriptor = self._open(place.path).fileno()
+        done = 0
+        while done < len(view):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+            if not count:
+                raise StockpotError(f"anchor {place.path} was cut short while in use")
+            done += count
+
+    def _open(self, path: Path) -> FileIO:
+        # Kept open, so that the system sees one reader going on and reads ahead of it.
+        if path not in self._files:
+            self._files[path] = FileIO(path)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._files[path].fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return self._files[path]
 
     def shape(self, name: str) -> torch.Size:
         """A tensor's shape, from the header."""
