@@ -121,6 +121,33 @@ def test_factor_averaging_is_off_by_what_the_docs_say(caplog: pytest.LogCaptureF
     assert f"relative error {relative:.3g}" in caplog.text
 
 
+def test_svd_is_the_best_adapter_of_the_same_rank(caplog: pytest.LogCaptureFixture) -> None:
+    model = adapted(target_modules=["body", "conv", "embedding"])
+    train(model, 3)
+    start = merged(model)
+    base = {n: p.detach().double() for n, p in Base().named_parameters()}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    sfa = SFA(p=1, beta=BETA, lora="svd").attach(model, optimizer, total_steps=5)
+    train(model, 5)
+    trained = merged(model)
+    with caplog.at_level("INFO", logger="stockpot"):
+        event = sfa.step(5)
+    lost = kept = square = 0.0
+    for name in ("body.weight", "conv.weight", "embedding.weight"):
+        flat = [w[name].flatten(1) for w in (start, trained, merged(model), base)]
+        average = BETA * flat[0] + (1 - BETA) * flat[1] - flat[3]
+        u, s, v = torch.linalg.svd(average, full_matrices=False)
+        best = u[:, :3] * s[:3] @ v[:3]
+        torch.testing.assert_close(flat[2] - flat[3], best, rtol=1e-6, atol=1e-7)
+        lost, kept = lost + float(s[3:].square().sum()), kept + float(s.square().sum())
+        square += float((flat[1] - flat[0]).square().sum())
+    assert f"rank {(lost / kept) ** 0.5:.3g}" in caplog.text
+    assert event is not None
+    assert event.distance_before == pytest.approx(
+        square**0.5 / (8 / 3), rel=1e-5
+    )  # alpha / r = 8 / 3
+
+
 @pytest.mark.parametrize(
     ("settings", "word"),
     [

@@ -23,7 +23,7 @@ from stockpot.errors import StockpotError
 
 __all__ = ["LoraMode", "LowRank", "check_lora"]
 
-LoraMode = Literal["auto", "factors"]
+LoraMode = Literal["auto", "svd", "factors"]
 
 _FACTOR = re.compile(r"(.*)\.lora_(?:embedding_)?(A|B)\.(.+?)(?:\.weight)?")
 # Adapters whose effect is linear in what trains: the plain rule is exact for them.
@@ -68,6 +68,11 @@ class LowRank:
                 if not adapter.endswith("bias"):  # a bias of B is linear: the plain rule is exact
                     factors.setdefault((module, adapter), {})[factor] = name
         pairs = [(found["A"], found["B"]) for found in factors.values() if len(found) == 2]
+        if mode == "svd" and (parts := [n for p in pairs for n in p if pieces[n].region]):
+            raise StockpotError(
+                f"lora='svd' needs whole factors and {parts[0]!r} is sharded: use lora='factors', "
+                "or train the adapter under DDP"
+            )
         return cls(pairs, mode)
 
     def check(self, anchor: Anchor, pieces: Mapping[str, Piece]) -> None:
@@ -85,8 +90,9 @@ class LowRank:
                 raise StockpotError(
                     f"the adapter {b!r} was trained before: averaging its factors is not averaging "
                     "the model. Merge it into the base and start a fresh adapter "
-                    "(model.merge_and_unload(), then get_peft_model): that is exact. Or accept "
-                    "the error with lora='factors'; it is logged at each merge event"
+                    "(model.merge_and_unload(), then get_peft_model): that is exact. Or accept an "
+                    "error that is logged at each merge event: lora='svd' averages the products "
+                    "and truncates to the same rank, lora='factors' averages B and A apart"
                 )
             # The factor that starts at zero: B of a linear layer, A of an embedding.
             self._scaled.append(a if b in trained else b)
@@ -96,12 +102,15 @@ class LowRank:
     ) -> tuple[float, float]:
         """Average the adapters in place; squared distances, before and after.
 
-        In the exact mode the distance is the norm of the factor that started at zero.
+        In the exact mode the distance is the norm of the factor that started at zero; with "svd"
+        that of the products B A, without the layer's scaling; with "factors" that of B and A.
         """
         if self.mode == "factors":
             pairs = [(pieces[a], pieces[b]) for a, b in self.pairs]
             _log.info("lora='factors': relative error %.3g", _factor_error(pairs, anchor, beta))
             return blend_({name: pieces[name] for name in self.names}, anchor, beta)
+        if self.mode == "svd":
+            return self._blend_by_svd(pieces, anchor, beta)
         before = 0.0
         for name in self._scaled:
             factor = pieces[name]
@@ -109,6 +118,32 @@ class LowRank:
             before += float(norm) ** 2 / factor.copies
             factor.values.mul_(1.0 - beta)
         return before, (1.0 - beta) ** 2 * before
+
+    def _blend_by_svd(
+        self, pieces: Mapping[str, Piece], anchor: Anchor, beta: float
+    ) -> tuple[float, float]:
+        """The best adapter of the same rank for the average of the products (Eckart-Young)."""
+        before = after = lost = kept = 0.0
+        for a, b in ((pieces[a], pieces[b]) for a, b in self.pairs):
+            rank = a.values.shape[0]
+            a1, b1 = a.values.double().reshape(rank, -1), b.values.double().reshape(-1, rank)
+            a0, b0 = (anchor.part(piece).to(a1.device, torch.float64) for piece in (a, b))
+            a0, b0 = a0.reshape(rank, -1), b0.reshape(-1, rank)
+            before += _squared_norm(torch.cat([b1, -b0], 1), torch.cat([a1, a0], 0))
+            # The average has rank 2r at most: [beta B0, (1 - beta) B1] [A0; A1]
+            left, core_left = torch.linalg.qr(torch.cat([beta * b0, (1.0 - beta) * b1], 1))
+            right, core_right = torch.linalg.qr(torch.cat([a0, a1], 0).T)
+            u, s, v = torch.linalg.svd(core_left @ core_right.T, full_matrices=False)
+            root = s[:rank].sqrt()
+            b2, a2 = left @ u[:, :rank] * root, root[:, None] * (v[:rank] @ right.T)
+            b.values[...] = b2.reshape(b.values.shape)
+            a.values[...] = a2.reshape(a.values.shape)
+            lost += float(s[rank:].square().sum())
+            kept += float(s.square().sum())
+            after += _squared_norm(torch.cat([b2, -b0], 1), torch.cat([a2, a0], 0))
+        error = (lost / kept) ** 0.5 if kept else 0.0
+        _log.info("lora='svd': relative error of truncation to the adapters' rank %.3g", error)
+        return before, after
 
 
 def _factor_error(pairs: list[tuple[Piece, Piece]], anchor: Anchor, beta: float) -> float:

@@ -75,7 +75,8 @@ class SFA:
             (first moments by 1 - beta) or ``"reset"``.
         buffers: float buffers, such as BatchNorm's statistics: ``"keep"`` or ``"average"``.
         lora: how low-rank adapters are averaged: ``"auto"`` is exact by the product B A for a fresh
-            adapter and refuses a continued one; ``"factors"`` averages B and A, approximately.
+            adapter and refuses a continued one; ``"svd"`` averages products and truncates to the
+            adapter's rank; ``"factors"`` averages B and A. Both log the size of their error.
         parameters: which of the trainable weights: glob patterns of names, or a function of name
             and parameter (default: all).
 
@@ -301,6 +302,8 @@ class SFA:
         weights.publish(written)
         watch.after(pieces, step)
         update_moments(weights, written, self.optimizer_state, self.beta)
+        if self.lora == "svd":  # the factors have another basis now, in which moments mean nothing
+            update_moments(weights, low_rank, "reset", self.beta)
         self._blend_buffers(weights.model)
         before, after = weights.total([before, after])
         event = MergeEvent(
