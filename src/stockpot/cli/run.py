@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,10 +72,13 @@ def _load_and_run(checked: Experiment, dry_run: bool, as_json: bool, quiet: bool
     from rich.console import Console
 
     console = Console(stderr=True, quiet=quiet)
-    with console.status("loading PyTorch and Transformers"):
-        _quiet_libraries()
-    with console.status(f"loading {checked.stream.name}"):
-        stream = checked.stream.load()
+    # stdout holds the result alone: what libraries and the user's own streams print goes to
+    # stderr (DeepSpeed, where it is installed, writes a line to stdout when it is imported).
+    with redirect_stdout(sys.stderr):
+        with console.status("loading PyTorch and Transformers"):
+            _quiet_libraries()
+        with console.status(f"loading {checked.stream.name}"):
+            stream = checked.stream.load()
     if dry_run:
         _dry_run(checked, stream, as_json)
         return
@@ -107,15 +112,16 @@ def _run(
     from stockpot.report.write import write_report
 
     watcher: Any = Observer() if quiet else progress_observer(console)
-    try:
-        outcome = run_experiment(experiment, watcher, stream=stream)
-    finally:
-        if not quiet:
-            watcher.close()
     page = None
-    if outcome.summary:
-        with console.status("drawing the figures"):
-            page = write_report(outcome.folder)
+    with redirect_stdout(sys.stderr):
+        try:
+            outcome = run_experiment(experiment, watcher, stream=stream)
+        finally:
+            if not quiet:
+                watcher.close()
+        if outcome.summary:
+            with console.status("drawing the figures"):
+                page = write_report(outcome.folder)
     if as_json:
         typer.echo(json.dumps(outcome.summary, indent=2))
     elif not quiet:
