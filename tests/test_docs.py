@@ -85,7 +85,8 @@ def test_constraints_pin_what_the_project_needs():
     import tomllib
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    needed = [need for group in groups for need in group]
     names = {re.split(r"[<>=~!\[]", need)[0].lower().replace("_", "-") for need in needed}
     assert names - {"stockpot"} <= {pin.lower().replace("_", "-") for pin in pins}
     assert not any("==" in need for need in needed)

@@ -258,6 +258,28 @@ def test_stopped_run_goes_on(tmp_path, signal_):
     assert ours == whole
 
 
+def test_interrupt_inside_generated_code_is_still_exit_code_130(experiment, tmp_path):
+    """CPython would let ``python -m`` die of the signal; dataclasses and pydantic run such code."""
+    (tmp_path / "interrupted.py").write_text(
+        """
+import rich.console, rich.text  # imported later they would hide it
+import stockpot.cli.run as run
+from stockpot.cli import main
+
+code = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+run._load_and_run = lambda *_: exec(code)
+main()
+"""
+    )
+    result = subprocess.run(
+        [sys.executable, "-m", "interrupted", "run", str(experiment)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 130, result.stderr
+
+
 def test_runs_from_the_installed_command():
     script = Path(sys.executable).with_name("stockpot")
     assert subprocess.run([script, "--help"], capture_output=True).returncode == 0

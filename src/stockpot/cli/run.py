@@ -65,6 +65,9 @@ def run(
         from stockpot.cli.output import complain
 
         complain("Everything finished is kept: the same command goes on from there.", "stopped")
+        # An interrupt inside an exec'd string (dataclasses, pydantic) leaves a mark in CPython that
+        # makes `python -m` die of SIGINT whatever its exit code; the next exec wipes it.
+        exec("")
         raise typer.Exit(130) from None
 
 
