@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stockpot.averaging import SFA
+from stockpot.averaging import SFA, Anchor
 from stockpot.errors import StockpotError
 
 peft = pytest.importorskip("peft")
@@ -166,3 +166,115 @@ def test_adalora_is_refused() -> None:
     config = peft.AdaLoraConfig(target_modules=["body"], total_step=10, tinit=1, tfinal=1)
     with pytest.raises(StockpotError, match="ADALORA"):
         SFA().attach(peft.get_peft_model(Base(), config), total_steps=5)
+
+
+# A continued adapter that moves into the base.
+
+
+def continued(**settings: Any) -> Any:
+    model = adapted(**settings)
+    train(model, 3)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"modules_to_save": ["head"]}], ids=str
+)
+def test_merged_and_restarted_an_adapter_is_averaged_exactly(settings: dict[str, Any]) -> None:
+    model = continued(**settings)
+    tokens = torch.arange(11).reshape(1, 11)
+    start, out = merged(model), model(tokens)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    sfa = SFA(p=0.5, beta=BETA, lora="merge-and-restart").attach(model, optimizer, total_steps=10)
+    torch.testing.assert_close(model(tokens), out)
+    factors = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    zero = [n for n, p in factors.items() if not p.any()]
+    assert sorted(n.split(".lora_")[1] for n in zero) == [
+        "B.default.weight", "B.default.weight", "embedding_A.default"
+    ]  # fmt: skip
+    train(model, 5, sfa.step)
+    trained_once = merged(model)  # averaged at step 5
+    train(model, 4)
+    train(model, 1)
+    trained = merged(model)
+    sfa.step(10)
+    assert sum(float((trained[n] - trained_once[n]).norm()) for n in start) > 1
+    for name, weight in merged(model).items():
+        expected = BETA * start[name] + (1 - BETA) * trained[name]
+        torch.testing.assert_close(weight, expected, rtol=1e-9, atol=1e-9)
+
+
+def resumable(lora: Any = "merge-and-restart") -> tuple[Any, SFA]:
+    model = continued()
+    return model, SFA(p=0.5, beta=BETA, lora=lora)
+
+
+def adapter_of(model: Any) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+
+def test_a_resumed_run_merges_the_old_adapter_into_its_fresh_base(tmp_path: Path) -> None:
+    whole, sfa = resumable()
+    sfa.attach(whole, total_steps=10, anchor_path=tmp_path / "anchor.safetensors")
+    train(whole, 5, sfa.step)
+    state, adapter = sfa.state_dict(), adapter_of(whole)
+    train(whole, 5, sfa.step)
+
+    again = adapted()  # the base as it was loaded at first, under the checkpoint's adapter
+    again.load_state_dict(adapter, strict=False)
+    second = SFA(p=0.5, beta=BETA, lora="merge-and-restart")
+    second.attach(again, total_steps=10, anchor=Anchor.load(tmp_path / "anchor.safetensors"))
+    before = bits(again)
+    with pytest.raises(StockpotError, match=r"load_state_dict\(\) first"):
+        second.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(again), strict=True))
+    second.load_state_dict(state)
+    train(again, 5, second.step)
+    assert all(torch.equal(a, b) for a, b in zip(bits(whole), bits(again), strict=True))
+    assert second.events == [*sfa.events[:1], second.events[1]]
+
+    other = adapted()
+    other.load_state_dict(adapter, strict=False)
+    with torch.no_grad():
+        other.base_model.model.embedding.base_layer.weight.add_(1)
+    third = SFA(p=0.5, beta=BETA, lora="merge-and-restart")
+    third.attach(other, total_steps=10, anchor=Anchor.load(tmp_path / "anchor.safetensors"))
+    with pytest.raises(StockpotError, match="the base model is not the one"):
+        third.load_state_dict(state)
+
+
+def test_a_second_attempt_does_not_merge_twice() -> None:
+    model, sfa = resumable()
+    sfa.attach(model, total_steps=10)
+    anchor = sfa.anchor
+    base = model.base_model.model.body.base_layer.weight.clone()
+    train(model, 2, sfa.step)
+    sfa.attach(model, total_steps=10, anchor=anchor)
+    assert torch.equal(base, model.base_model.model.body.base_layer.weight)
+    sfa.step()
+
+
+def test_a_fresh_adapter_needs_no_restart() -> None:
+    model = adapted()
+    before = bits(model)
+    SFA(lora="merge-and-restart").attach(model, total_steps=5)
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(model), strict=True))
+
+
+def test_a_base_that_would_round_is_refused_and_one_in_bf16_is_rounded_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = continued(target_modules=["body"])
+    layer = model.base_model.model.body
+    layer.base_layer.weight.requires_grad_(True)
+    before = bits(model)
+    with pytest.raises(StockpotError, match=r"body.*its base trains as well.*lora='svd'"):
+        SFA(lora="merge-and-restart").attach(model, total_steps=5)
+    assert all(torch.equal(a, b) for a, b in zip(before, bits(model), strict=True))
+    layer.base_layer.weight.requires_grad_(False)
+    layer.base_layer.to(torch.bfloat16)
+    exact = layer.base_layer.weight.double() + layer.get_delta_weight("default")
+    with caplog.at_level("INFO", logger="stockpot"):
+        SFA(lora="merge-and-restart").attach(model, total_steps=5)
+    assert torch.equal(layer.base_layer.weight, exact.to(torch.bfloat16))
+    assert "relative error of rounding the base 0.00" in caplog.text

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from stockpot.averaging.anchor import Anchor
 from stockpot.averaging.blend import blend_
+from stockpot.averaging.restart import Restart
 from stockpot.averaging.weights import Piece, unwrap
 from stockpot.errors import StockpotError
 
 __all__ = ["LoraMode", "LowRank", "check_lora"]
 
-LoraMode = Literal["auto", "svd", "factors"]
+LoraMode = Literal["auto", "merge-and-restart", "svd", "factors"]
 
 _FACTOR = re.compile(r"(.*)\.lora_(?:embedding_)?(A|B)\.(.+?)(?:\.weight)?")
 # Adapters whose effect is linear in what trains: the plain rule is exact for them.
@@ -59,12 +60,12 @@ class LowRank:
         Raises:
             StockpotError: if a kind of adapter cannot be averaged exactly and ``mode`` is "auto".
         """
-        if mode == "auto":
+        if mode in ("auto", "merge-and-restart"):
             _refuse_inexact(unwrap(model), pieces)
         factors: dict[tuple[str, str], dict[str, str]] = {}
         for name in pieces:
-            if match := _FACTOR.fullmatch(name):
-                module, factor, adapter = match.groups()
+            if _FACTOR.fullmatch(name):
+                module, factor, adapter = _split(name)
                 if not adapter.endswith("bias"):  # a bias of B is linear: the plain rule is exact
                     factors.setdefault((module, adapter), {})[factor] = name
         pairs = [(found["A"], found["B"]) for found in factors.values() if len(found) == 2]
@@ -75,27 +76,36 @@ class LowRank:
             )
         return cls(pairs, mode)
 
-    def check(self, anchor: Anchor, pieces: Mapping[str, Piece]) -> None:
-        """Refuse a continued adapter unless the user has chosen.
+    def begin(
+        self, model: nn.Module, anchor: Anchor, pieces: Mapping[str, Piece]
+    ) -> Restart | None:
+        """Refuse a continued adapter unless the user has chosen what to do with it.
+
+        Returns:
+            What is to be merged into the base, with "merge-and-restart" and a continued adapter.
 
         Raises:
             StockpotError: if the anchor's adapter is not fresh and ``lora`` is "auto".
         """
         self._scaled = []
+        continued: dict[tuple[str, str], tuple[str, str]] = {}
         for a, b in self.pairs:
             trained = {
                 name for name in (a, b) if name in pieces and bool(anchor.part(pieces[name]).any())
             }
-            if self.mode == "auto" and trained == {a, b}:
-                raise StockpotError(
-                    f"the adapter {b!r} was trained before: averaging its factors is not averaging "
-                    "the model. Merge it into the base and start a fresh adapter "
-                    "(model.merge_and_unload(), then get_peft_model): that is exact. Or accept an "
-                    "error that is logged at each merge event: lora='svd' averages the products "
-                    "and truncates to the same rank, lora='factors' averages B and A apart"
-                )
+            if trained == {a, b}:
+                if self.mode == "auto":
+                    raise _continued(b)
+                module, _, adapter = _split(a)
+                continued[module, adapter] = a, b
             # The factor that starts at zero: B of a linear layer, A of an embedding.
-            self._scaled.append(a if b in trained else b)
+            embedding = trained == {b} or (trained == {a, b} and "lora_embedding_" in a)
+            self._scaled.append(a if embedding else b)
+        if self.mode != "merge-and-restart" or not continued:
+            return None
+        whole = unwrap(model)
+        layers = {key: whole.get_submodule(key[0]) for key in continued}
+        return Restart(layers, continued, pieces, anchor)
 
     def blend_(
         self, pieces: Mapping[str, Piece], anchor: Anchor, beta: float
@@ -162,6 +172,23 @@ def _factor_error(pairs: list[tuple[Piece, Piece]], anchor: Anchor, beta: float)
 def _squared_norm(left: Tensor, right: Tensor) -> float:
     """``||left @ right||^2`` without the product: its trace, through rank x rank matrices."""
     return float(torch.sum((left.T @ left) * (right @ right.T)))
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """Module, factor (A or B) and adapter of a factor's name."""
+    match = _FACTOR.fullmatch(name)
+    assert match
+    module, factor, adapter = match.groups()
+    return module, factor, adapter
+
+
+def _continued(name: str) -> StockpotError:
+    return StockpotError(
+        f"the adapter {name!r} was trained before: averaging its factors is not averaging the "
+        "model. Choose: lora='merge-and-restart' merges it into the base and trains a fresh one "
+        "(exact); lora='svd' averages the products and truncates to the same rank; lora='factors' "
+        "averages B and A apart. The last two log the size of their error at each merge event"
+    )
 
 
 def _refuse_inexact(model: nn.Module, pieces: Mapping[str, Piece]) -> None:

@@ -23,6 +23,7 @@ from stockpot.averaging.anchor import Anchor, Store, check_store, find_files
 from stockpot.averaging.blend import blend_, check_beta, check_finite
 from stockpot.averaging.lora import LoraMode, LowRank, check_lora
 from stockpot.averaging.moments import OptimizerState, check_optimizer_state, update_moments
+from stockpot.averaging.restart import Restart
 from stockpot.averaging.schedule import check_p, merge_steps, merge_steps_every
 from stockpot.averaging.verify import Watch
 from stockpot.averaging.weights import Piece, Weights, find_weights, unwrap
@@ -75,8 +76,10 @@ class SFA:
             (first moments by 1 - beta) or ``"reset"``.
         buffers: float buffers, such as BatchNorm's statistics: ``"keep"`` or ``"average"``.
         lora: how low-rank adapters are averaged: ``"auto"`` is exact by the product B A for a fresh
-            adapter and refuses a continued one; ``"svd"`` averages products and truncates to the
-            adapter's rank; ``"factors"`` averages B and A. Both log the size of their error.
+            adapter and refuses a continued one; ``"merge-and-restart"`` merges a continued one
+            into the base when SFA is attached and trains a fresh one, which is exact; ``"svd"``
+            averages products and truncates to the adapter's rank; ``"factors"`` averages B and A.
+            The last two log the size of their error.
         parameters: which of the trainable weights: glob patterns of names, or a function of name
             and parameter (default: all).
 
@@ -131,6 +134,7 @@ class SFA:
         self._merge_steps: frozenset[int] = frozenset()
         self._step = 0
         self._fingerprint: str | None = None
+        self._restart: Restart | None = None
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
     def attach(
@@ -176,7 +180,7 @@ class SFA:
         anchor = anchor or self._take_anchor(pieces, weights, anchor_path)
         shared = self._shared(pieces, anchor)
         self.anchor = anchor.keep(shared, self.store)
-        low_rank.check(self.anchor, shared)
+        restart = low_rank.begin(model, self.anchor, shared)
         if not (shared or low_rank.names):
             raise StockpotError(
                 "the anchor holds none of the model's trainable weights (it has "
@@ -189,8 +193,21 @@ class SFA:
         self._merge_steps = frozenset(steps)
         self.total_steps, self._step, self._fingerprint = total_steps, 0, None
         self.left_alone = [n for n in pieces if n not in shared and n not in low_rank.names]
+        self._begin_restart(restart, weights, {n: pieces[n] for n in low_rank.names})
         _ATTACHED[unwrap(model)] = weakref.ref(self)
         return self
+
+    def _begin_restart(
+        self, restart: Restart | None, weights: Weights, adapter: Mapping[str, Piece]
+    ) -> None:
+        earlier, self._restart = self._restart, restart
+        if restart is None:
+            return
+        if earlier is not None and restart.done_before(earlier):
+            self._restart = earlier  # a second attempt in this process: its base is merged
+        elif not restart.pending:
+            restart.start()
+            update_moments(weights, adapter, "reset", self.beta)
 
     def _claim(self, model: nn.Module) -> None:
         reference = _ATTACHED.get(unwrap(model))
@@ -273,6 +290,11 @@ class SFA:
         """
         if self._weights is None or self._watch is None:
             raise RuntimeError("SFA.step() before SFA.attach(model, optimizer, total_steps=T)")
+        if self._restart is not None and self._restart.pending:
+            raise StockpotError(
+                "lora='merge-and-restart': the model's adapter is not the anchor's. In a resumed "
+                "run call load_state_dict() first; else load the adapter that the anchor holds"
+            )
         self._step = self._step + 1 if global_step is None else global_step
         if self._watch.waiting:
             self._watch.next_step()
@@ -346,6 +368,7 @@ class SFA:
             "every": self.every,
             "fingerprint": self.fingerprint(),
             "events": [asdict(event) for event in self.events],
+            **({"base": self._restart.state()} if self._restart is not None else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -365,6 +388,8 @@ class SFA:
                 "cannot resume: this is not the anchor that the run was started with (its "
                 "fingerprint differs). Give the same anchor, or start a new run"
             )
+        if self._restart is not None and self._restart.pending and "base" in state:
+            self._restart.resume(state["base"])
         self._step = int(state["step"])
         self.events = [MergeEvent(**event) for event in state["events"]]
 
