@@ -1,5 +1,6 @@
 """SFA in TRL's SFTTrainer, on a real language model, with and without an adapter."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ TEXTS = [
 ] * 4
 
 
-def sft(stories: Path, folder: Path, callback: SFACallback | None, **extra: Any) -> Any:
+def sft(
+    stories: Path, folder: Path, callback: SFACallback | None, model: Any = None, **extra: Any
+) -> Any:
     trl = pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +43,7 @@ def sft(stories: Path, folder: Path, callback: SFACallback | None, **extra: Any)
     tokenizer = AutoTokenizer.from_pretrained(stories)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return trl.SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32),
+        model or AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32),
         arguments,
         train_dataset=Dataset.from_dict({"text": TEXTS}),
         processing_class=tokenizer,
@@ -85,3 +88,37 @@ def test_a_fresh_adapter_is_averaged_by_its_product(stories: Path, tmp_path: Pat
         expected = 0.25 * start + 0.75 * trained
         torch.testing.assert_close(merged["sfa"][name], expected, rtol=1e-5, atol=1e-6)
     assert moved > 0.01
+
+
+def test_a_continued_adapter_is_merged_restarted_and_resumed_exactly(
+    stories: Path, tmp_path: Path
+) -> None:
+    """Two tasks with one adapter; the second is stopped half-way and goes on in new objects."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+    sft(stories, tmp_path / "first", None, peft_config=config).train()
+    first = tmp_path / "first" / "checkpoint-4"
+
+    def second_task(folder: Path) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+        model = peft.PeftModel.from_pretrained(base, first, is_trainable=True)
+        callback = SFACallback(p=0.25, beta=0.25, lora="merge-and-restart")
+        trainer = sft(stories, folder, callback, model=model)
+        trainer.args.save_steps = 2
+        return trainer
+
+    def whole(model: Any) -> dict[str, torch.Tensor]:
+        return {n: p.detach() for n, p in model.merge_and_unload().named_parameters()}
+
+    undisturbed = second_task(tmp_path / "whole")
+    undisturbed.train()
+    stopped = second_task(tmp_path / "stopped")
+    stopped.train()
+    shutil.rmtree(tmp_path / "stopped" / "checkpoint-4")
+    resumed = second_task(tmp_path / "stopped")
+    resumed.train(resume_from_checkpoint=True)
+    expected = whole(undisturbed.model)
+    for name, weight in whole(resumed.model).items():
+        assert torch.equal(weight, expected[name]), name
