@@ -128,11 +128,13 @@ def blend_(pieces: Mapping[str, Piece], anchor: Anchor, beta: float) -> tuple[fl
 
 def _parts(pieces: Mapping[str, Piece], anchor: Anchor) -> Iterator[tuple[Piece, Tensor, Tensor]]:
     """Values to write and the anchor's, a part of a tensor at a time if those are on disk."""
-    order = {name: index for index, name in enumerate(anchor)} if anchor.on_disk else {}
+    several = [piece for piece in pieces.values() if piece.values.numel()]
+    if not anchor.on_disk:
+        yield from ((piece, piece.values, anchor.part(piece)) for piece in several)
+        return
+    order = {name: index for index, name in enumerate(anchor)}
     # A file is read from its beginning to its end.
-    for piece in sorted(pieces.values(), key=lambda p: order.get(anchor.name_of(p) or "", 0)):
-        if not piece.values.numel():
-            continue
+    for piece in sorted(several, key=lambda p: order[anchor.name_of(p) or ""]):
         run = anchor.elements(piece) if piece.values.is_contiguous() else None
         if run is None:
             yield piece, piece.values, anchor.part(piece)
@@ -150,16 +152,19 @@ def _blend_tensor(
     beta: float,
     scratch: dict[tuple[torch.device, torch.dtype], Tensor],
 ) -> tuple[float, float]:
-    size = _CHUNK.get(values.device.type, 1 << 26)
+    size = values.numel()
     if values.is_contiguous() and anchor.is_contiguous():
-        values, anchor = values.view(-1), anchor.reshape(-1)
-    else:
-        size = values.numel()
+        values, anchor = values.view(-1), anchor.view(-1)
+        size = _CHUNK.get(values.device.type, 1 << 26)
+    chunks = [(values, anchor)]
+    if values.numel() > size:
+        chunks = list(zip(values.split(size), anchor.split(size), strict=True))
+    precise = values.dtype in (torch.float32, torch.float64)
     before = after = 0.0
-    for w, a in zip(values.split(max(size, 1)), anchor.split(max(size, 1)), strict=True):
-        a = a.to(w.device, non_blocking=True)
-        precise = w.dtype == torch.float64
-        if precise or w.dtype == torch.float32:
+    for w, a in chunks:
+        if a.device != w.device:
+            a = a.to(w.device, non_blocking=True)
+        if precise:
             first = _lerp_wide(w, a.to(w.dtype), beta, scratch)
             second = (1.0 - beta) ** 2 * first
         else:
@@ -186,7 +191,8 @@ def _lerp_wide(
     key = (w.device, w.dtype)
     if key not in scratch or scratch[key].numel() < w.numel():
         scratch[key] = torch.empty(w.numel(), dtype=w.dtype, device=w.device)
-    difference = torch.sub(a, w, out=scratch[key][: w.numel()].view(w.shape))
+    buffer = scratch[key]
+    difference = torch.sub(a, w, out=buffer[: w.numel()].view(w.shape))
     squared = _squared(difference)
     if not math.isfinite(squared):  # the difference, or its square, overflows: go wider
         a64, w64 = a.double(), w.double()

@@ -41,11 +41,20 @@ def _has_dtensors(model: nn.Module) -> bool:
     )
 
 
-class FSDP2(Weights):
+class _Sharded(Weights):
+    """Processes hold different parts, under parameters that come and go."""
+
+    distributed: ClassVar[bool] = True
+
+    def live(self, piece: Piece) -> Tensor:
+        """The part as it is found anew."""
+        return self.pieces()[piece.name].values
+
+
+class FSDP2(_Sharded):
     """``fully_shard`` and tensor parallelism: the local part of each DTensor is the truth."""
 
     kind: ClassVar[str] = "FSDP2"
-    distributed: ClassVar[bool] = True
 
     def _find(self) -> Iterator[Piece]:
         self._reshard()
@@ -92,7 +101,7 @@ class FSDP2(Weights):
         )
 
 
-class FSDP1(Weights):
+class FSDP1(_Sharded):
     """``FullyShardedDataParallel``: the shard of each flat parameter is the truth.
 
     Original parameters are found in it by FSDP's own table, so ``use_orig_params`` makes no
@@ -101,7 +110,6 @@ class FSDP1(Weights):
     """
 
     kind: ClassVar[str] = "FSDP1"
-    distributed: ClassVar[bool] = True
 
     def _find(self) -> Iterator[Piece]:
         from torch.distributed.fsdp import FullyShardedDataParallel

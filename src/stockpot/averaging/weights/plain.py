@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from stockpot.averaging.weights.names import aliases, named_trainable
+from stockpot.averaging.weights.names import aliases
 
 __all__ = ["Box", "Piece", "Region", "Span", "Weights"]
 
@@ -81,23 +81,23 @@ class Weights:
         return {piece.name: piece for piece in self._find()}
 
     def _find(self) -> Iterator[Piece]:
-        names = aliases(self.model)
-        for name, parameter in named_trainable(self.model).items():
-            yield Piece(
-                name,
-                parameter.detach(),
-                parameter.shape,
-                parameter,
-                also=names[parameter],
-                key=parameter,
-            )
+        for parameter, names in aliases(self.model).items():
+            if parameter.requires_grad and parameter.is_floating_point():
+                yield Piece(
+                    names[0],
+                    parameter.detach(),
+                    parameter.shape,
+                    parameter,
+                    also=names,
+                    key=parameter,
+                )
 
     def publish(self, pieces: Mapping[str, Piece]) -> None:
         """Bring what was written into ``pieces`` to where forward passes read it."""
 
     def live(self, piece: Piece) -> Tensor:
         """What the next forward pass will read of ``piece``; the shape of ``piece.values``."""
-        return self.pieces()[piece.name].values
+        return piece.parameter.detach()
 
     def reset_moments(self, pieces: Mapping[str, Piece], factor: float) -> bool:
         """Scale the optimizer's state where it is not filed under the parameters.
