@@ -79,27 +79,30 @@ def merge_event(options: argparse.Namespace, store: str) -> dict[str, float]:
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=1e-3)
-        before = resident()
-        sfa.attach(model, total_steps=10**6)
         memory = [] if store == "disk" else list(model.parameters())
         others = [(torch.randn_like(p), torch.empty_like(p)) for p in memory]
+
+        def floor() -> None:
+            if store == "disk":
+                with path.open("rb", buffering=0) as file:
+                    buffer = bytearray(16 << 20)
+                    while file.readinto(buffer):
+                        pass
+                return
+            for p, (other, out) in zip(model.parameters(), others, strict=True):
+                torch.add(p.detach(), other, out=out)
+
+        floor()  # its buffer, and what the first average of a process loads, are not the anchor's
+        warm_up(store)
+        before = peak_from_here()
+        sfa.attach(model, total_steps=1000)
         rounds: list[tuple[float, float]] = []
-        peak = 0
+        peak = highest()
         for _ in range(options.rounds + 1):  # the first one warms up
-
-            def floor() -> None:
-                if store == "disk":
-                    with path.open("rb", buffering=0) as file:
-                        buffer = bytearray(16 << 20)
-                        while file.readinto(buffer):
-                            pass
-                    return
-                for p, (other, out) in zip(model.parameters(), others, strict=True):
-                    torch.add(p.detach(), other, out=out)
-
             forget(path)
+            peak_from_here()
             ours = clock(options.device, lambda: sfa.merge(1))
-            peak = max(peak, resident())
+            peak = max(peak, highest())
             forget(path)
             rounds.append((ours, clock(options.device, floor)))
     rounds = rounds[1:]
@@ -122,10 +125,26 @@ def forget(path: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def resident() -> int:
-    """The process's resident memory, in bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def warm_up(store: str) -> None:
+    """Average something small, once."""
+    import torch
+
+    from stockpot.averaging import SFA
+
+    with SFA(every=1, store=store).attach(torch.nn.Linear(512, 512), total_steps=1) as sfa:
+        sfa.step()
+
+
+def peak_from_here() -> int:
+    """Forget the process's highest resident memory so far; what it is now, in bytes."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return highest()
+
+
+def highest() -> int:
+    """The process's highest resident memory since :func:`peak_from_here`, in bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def training(options: argparse.Namespace, method: str) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -531,3 +532,21 @@ def test_an_anchor_without_a_single_weight_of_the_model_is_refused() -> None:
     anchor = Anchor({"other.weight": torch.zeros(2)})
     with pytest.raises(StockpotError):
         SFA(every=1, anchor=anchor).attach(mlp(), total_steps=1).step()
+
+
+def test_looking_for_a_name_on_disk_reads_no_tensor(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "anchor.safetensors"
+    model = mlp()
+    Anchor.capture(model).save(path)
+    anchor = Anchor.load(path, store="disk")
+    sfa = SFA(p=1, anchor=anchor, store="disk").attach(model, total_steps=1)
+    read: list[int] = []
+    original = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda fd, views, at: read.append(original(fd, views, at)) or read[-1]
+    )
+    assert "0.weight" in anchor
+    assert "nothing" not in anchor
+    assert read == []
+    sfa.step()
+    assert sum(read) == 4 * sum(p.numel() for p in model.parameters())  # each byte once

@@ -23,6 +23,8 @@ from stockpot.files import write_tensors
 __all__ = ["Anchor", "Store", "check_store", "find_files"]
 
 Store = Literal["device", "cpu", "disk"]
+# Elements that are read from disk at a time.
+_STREAM = 1 << 20
 
 
 class Anchor(Mapping[str, Tensor]):
@@ -45,6 +47,9 @@ class Anchor(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors  # Mapping's own would read the tensor
 
     @classmethod
     def capture(
@@ -153,7 +158,7 @@ class Anchor(Mapping[str, Tensor]):
         _check_shape(piece.name, piece.shape, self[name].shape)
         return _cut(self[name], piece)
 
-    def elements(self, piece: Piece) -> tuple[str, int, int] | None:
+    def _run(self, piece: Piece) -> tuple[str, int, int] | None:
         """Where ``piece`` is one run of elements on disk: its name there, the first and the last.
 
         None if it is not on disk, or not in one run; then :meth:`part` is the way.
@@ -173,10 +178,21 @@ class Anchor(Mapping[str, Tensor]):
         row, first = whole[1:].numel(), piece.region.offset[:1]
         return name, first[0] * row, first[0] * row + piece.values.numel()
 
-    def stream(self, name: str, start: int, stop: int) -> Tensor:
-        """Elements of a tensor on disk, in memory that the next call uses again."""
+    def parts(self, piece: Piece) -> Iterator[tuple[int, int, Tensor]]:
+        """First and last element of ``piece.values`` (flattened), and what the anchor has there.
+
+        In memory that is one part, in the shape of ``piece.values``. On disk it is many flat ones,
+        each in memory that the next one uses again: no whole tensor is ever read.
+        """
+        run = self._run(piece) if piece.values.is_contiguous() else None
+        if run is None:
+            yield 0, piece.values.numel(), self.part(piece)
+            return
         assert isinstance(self._tensors, TensorsOnDisk)
-        return self._tensors.stream(name, start, stop)
+        name, start, stop = run
+        for at in range(0, stop - start, _STREAM):
+            end = min(at + _STREAM, stop - start)
+            yield at, end, self._tensors.stream(name, start + at, start + end)
 
     def keep(self, pieces: Mapping[str, Piece], store: Store) -> Anchor:
         """Only what ``pieces`` need, each checked; in memory unless ``store`` is ``"disk"``.
@@ -189,15 +205,19 @@ class Anchor(Mapping[str, Tensor]):
         for name, piece in pieces.items():
             if self.name_of(piece) is None:
                 continue
+            if store == "disk":
+                for _, _, part in self.parts(piece):
+                    _check_finite(name, part, piece.values.dtype)
+                continue
             part = self.part(piece)
-            _check_finite(name, part.to(piece.values.dtype))  # 1e6 is infinite in float16
+            _check_finite(name, part, piece.values.dtype)
             if store == "cpu":
                 kept[name] = part if part.device.type == "cpu" else part.cpu()
                 if self.on_disk or piece.region is not None:
                     kept[name] = kept[name].clone()  # not a view of the file or of the whole
                 if piece.values.is_cuda:
                     kept[name] = kept[name].pin_memory()
-            elif store == "device":
+            else:
                 kept[name] = part.to(piece.values.device, copy=piece.region is not None)
         return self if store == "disk" else Anchor(kept, local=True)
 
@@ -288,8 +308,9 @@ def _copy(values: Tensor, store: str) -> Tensor:
     return host.copy_(values.detach())
 
 
-def _check_finite(name: str, weight: Tensor) -> None:
-    if weight.is_floating_point() and not is_finite(weight):
+def _check_finite(name: str, weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    # 1e6 is infinite in the float16 of a model.
+    if weight.is_floating_point() and not is_finite(weight.to(dtype or weight.dtype)):
         raise NonFiniteError(
             f"weight {name!r} is not finite: it cannot be an anchor. Capture the anchor before "
             "training diverges, or give a path to a good checkpoint."

@@ -19,8 +19,6 @@ __all__ = ["average_", "blend_", "check_beta", "check_finite"]
 # Elements that are worked on at a time: the difference then stays in the processor's cache, so that
 # the weights go through memory once.
 _CHUNK = {"cpu": 1 << 19, "cuda": 1 << 26}
-# Elements that are read from disk at a time.
-_STREAM = 1 << 20
 
 
 def check_beta(beta: float) -> float:
@@ -129,21 +127,13 @@ def blend_(pieces: Mapping[str, Piece], anchor: Anchor, beta: float) -> tuple[fl
 def _parts(pieces: Mapping[str, Piece], anchor: Anchor) -> Iterator[tuple[Piece, Tensor, Tensor]]:
     """Values to write and the anchor's, a part of a tensor at a time if those are on disk."""
     several = [piece for piece in pieces.values() if piece.values.numel()]
-    if not anchor.on_disk:
-        yield from ((piece, piece.values, anchor.part(piece)) for piece in several)
-        return
-    order = {name: index for index, name in enumerate(anchor)}
-    # A file is read from its beginning to its end.
-    for piece in sorted(several, key=lambda p: order[anchor.name_of(p) or ""]):
-        run = anchor.elements(piece) if piece.values.is_contiguous() else None
-        if run is None:
-            yield piece, piece.values, anchor.part(piece)
-            continue
-        name, start, stop = run
-        flat = piece.values.view(-1)
-        for at in range(0, stop - start, _STREAM):
-            end = min(at + _STREAM, stop - start)
-            yield piece, flat[at:end], anchor.stream(name, start + at, start + end)
+    if anchor.on_disk:  # a file is read from its beginning to its end
+        order = {name: index for index, name in enumerate(anchor)}
+        several.sort(key=lambda piece: order[anchor.name_of(piece) or ""])
+    for piece in several:
+        for begin, end, part in anchor.parts(piece):
+            whole = part.shape == piece.values.shape
+            yield piece, piece.values if whole else piece.values.view(-1)[begin:end], part
 
 
 def _blend_tensor(
