@@ -220,7 +220,7 @@ def report(options: argparse.Namespace) -> str:
             + f" | {r['largest_mb']:.0f} |"
         )
     lines += ["", "The floor: reading both sets of weights and writing one, or reading the file."]
-    lines += ["", *LIMITS]
+    lines += ["", *LIMITS.splitlines()]
     if options.device == "cpu":
         lines += ["", f"| {options.steps} steps of training | s | to plain | merging, s |"]
         lines += ["|---|---|---|---|"]
@@ -242,7 +242,7 @@ diverged is left as it was (0.35 of the floor), and the distance to the anchor n
 in the processor's cache (0.9), beside the average itself (0.25). Tried and slower: one thread a
 tensor, smaller and larger parts, a fused distance (cdist), `lerp_` after a pass for the distance.
 The floor moves between 12 and 18 ms with where the system puts the memory. On disk: reading ahead
-in a second thread or by the system (both fight with the arithmetic for two cores) was slower.""".splitlines()
+in a second thread or by the system (both fight with the arithmetic for two cores) was slower."""
 
 
 def main() -> None:
