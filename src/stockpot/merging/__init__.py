@@ -1,9 +1,62 @@
-"""Combining finished models: rules from named tensors to named tensors.
+"""Combining finished models.
 
-Each rule is one pure function. It takes models as mappings from names to tensors (a state dict, or
-the tensors of a safetensors file) and returns a new mapping; what it is given is never modified.
+Rules are pure functions from named tensors to named tensors (a state dict, or the tensors of a
+safetensors file); what they are given is never modified. `merge` applies the same formulas to
+checkpoints on disk, of any size. Importing this package loads no torch: names are found when they
+are asked for.
 """
 
-from stockpot.merging.rules import Weights, fisher, linear, task_arithmetic, ties, wise_ft
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Weights", "fisher", "linear", "task_arithmetic", "ties", "wise_ft"]
+if TYPE_CHECKING:
+    from stockpot.merging.rules import (
+        Weights,
+        breadcrumbs,
+        dare,
+        fisher,
+        linear,
+        lines,
+        magmax,
+        model_stock,
+        slerp,
+        task_arithmetic,
+        ties,
+        wise_ft,
+    )
+
+_RULES = (
+    "Weights",
+    "breadcrumbs",
+    "dare",
+    "fisher",
+    "linear",
+    "lines",
+    "magmax",
+    "model_stock",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+    "wise_ft",
+)
+
+__all__ = [
+    "Weights",
+    "breadcrumbs",
+    "dare",
+    "fisher",
+    "linear",
+    "lines",
+    "magmax",
+    "model_stock",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+    "wise_ft",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RULES:
+        return getattr(import_module("stockpot.merging.rules"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

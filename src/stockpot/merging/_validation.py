@@ -6,8 +6,16 @@ from typing import NoReturn, TypeAlias
 import torch
 
 from stockpot.arithmetic import is_finite
+from stockpot.merging.shares import Shares
 
-__all__ = ["Weights", "check_number", "refuse", "validate", "validate_fishers"]
+__all__ = [
+    "Weights",
+    "check_number",
+    "check_share",
+    "refuse",
+    "validate",
+    "validate_fishers",
+]
 
 Weights: TypeAlias = Mapping[str, torch.Tensor]
 
@@ -20,8 +28,8 @@ def validate(
     base: Weights | None = None,
     weights: Sequence[float] | None = None,
     label: str = "models[{}]",
-) -> list[float]:
-    """Refuse models that cannot be merged, and return one weight per model.
+) -> Shares:
+    """Refuse models that cannot be merged, and return the models' weights.
 
     What can be told without reading values (names, shapes, kinds) is checked first, for all models.
     """
@@ -41,12 +49,7 @@ def validate(
     for each, model in labelled.items():
         _check_finite(each, model)
 
-    shares = [1.0] * len(models) if weights is None else [float(weight) for weight in weights]
-    if len(shares) != len(models):
-        refuse("weights", f"has {len(shares)} numbers for {len(models)} models", "one per model")
-    for i, share in enumerate(shares):
-        check_number(f"weights[{i}]", share)
-    return shares
+    return Shares.make(weights, len(models))
 
 
 def validate_fishers(fishers: Sequence[Weights], models: Sequence[Weights]) -> None:
@@ -122,6 +125,12 @@ def check_number(label: str, value: float) -> None:
     """Refuse a factor that is NaN or infinite, or would be in float32."""
     if not abs(value) <= torch.finfo(torch.float32).max:
         refuse(label, f"is {value}", "give a number that is finite in float32")
+
+
+def check_share(label: str, value: float) -> None:
+    """Refuse what is no share of a whole."""
+    if not 0.0 <= value <= 1.0:
+        refuse(label, f"{value} is outside [0, 1]", "20 % is written 0.2")
 
 
 def _listed(names: Sequence[str]) -> str:

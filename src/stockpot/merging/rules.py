@@ -1,39 +1,54 @@
-"""Merging rules: linear, WiSE-FT, task arithmetic, TIES and Fisher.
+"""Merging rules as pure functions of models in memory.
 
 What all rules have in common:
 
 - **Models** are mappings from names to tensors. All models of one call have the same names, and
   tensors of one name have the same shape. Tied weights are merged once if they are given once.
-- **Precision.** Sums are accumulated in float32, or in float64 where an input is float64, and
+- **Precision.** Sums are accumulated in float32, or in float64 where an input holds float64, and
   rounded once, to the dtype of the base, or of the first model where a rule has no base.
 - **Non-floating tensors** (counters such as BatchNorm's ``num_batches_tracked``, masks, position
   ids) have no mean. They are taken unchanged from the last model.
 - **Inputs are never modified**, and no result shares memory with an input.
 - **Errors** are `ValueError`: names, shapes or kinds that do not match, a number outside its range,
   NaN or infinity in an input, and results that are not finite in the dtype of the result.
+
+The formulas are in `stockpot.merging.formulas`; `stockpot.merging.merge` applies the same ones to
+checkpoints on disk.
 """
 
-import functools
-import math
-import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 
-from stockpot.arithmetic import is_finite, lerp
+from stockpot.merging import formulas
 from stockpot.merging._validation import (
     Weights,
     check_number,
+    check_share,
     refuse,
     validate,
     validate_fishers,
 )
+from stockpot.merging.in_memory import apply
+from stockpot.merging.shares import Shares
 
-__all__ = ["Weights", "fisher", "linear", "task_arithmetic", "ties", "wise_ft"]
-
-# Dividing by a sum of weights that cancel to less than this share of their size multiplies the
-# rounding error of float32 until nothing is left of the mean.
-_SMALLEST_TOTAL = 1e-6
+__all__ = [
+    "Weights",
+    "breadcrumbs",
+    "dare",
+    "fisher",
+    "linear",
+    "lines",
+    "magmax",
+    "model_stock",
+    "slerp",
+    "task_arithmetic",
+    "ties",
+    "wise_ft",
+]
 
 
 def linear(
@@ -62,19 +77,8 @@ def linear(
     """
     shares = validate(models, weights=weights)
     if normalize:
-        total = math.fsum(shares)
-        if abs(total) <= _SMALLEST_TOTAL * math.fsum(map(abs, shares)):
-            refuse("weights", f"{shares} sum to {total:g}", "normalize needs a sum away from 0")
-        shares = [share / total for share in shares]
-
-    def mean(name: str) -> torch.Tensor:
-        thetas = _widened([model[name] for model in models])
-        result = next(thetas) * shares[0]
-        for theta, share in zip(thetas, shares[1:], strict=True):
-            result.add_(theta, alpha=share)
-        return result
-
-    return _merge(mean, like=models[0], last=models[-1])
+        shares.check_totals()
+    return apply(formulas.Linear(shares, normalize), models)
 
 
 def wise_ft(base: Weights, model: Weights, beta: float) -> dict[str, torch.Tensor]:
@@ -100,12 +104,7 @@ def wise_ft(base: Weights, model: Weights, beta: float) -> dict[str, torch.Tenso
     if not 0.0 <= beta <= 1.0:
         refuse("beta", f"{beta} is outside [0, 1]", "it is the share of the base")
     validate([model], base=base, label="model")
-
-    def interpolate(name: str) -> torch.Tensor:
-        start, end = _widened([base[name], model[name]])
-        return lerp(end, start, beta)
-
-    return _merge(interpolate, like=base, last=model)
+    return apply(formulas.WiseFT(beta), [model], base)
 
 
 def task_arithmetic(
@@ -136,15 +135,7 @@ def task_arithmetic(
     check_number("scale", scale)
     shares = validate(models, base=base, weights=weights)
 
-    def add_task_vectors(name: str) -> torch.Tensor:
-        thetas = _widened([base[name], *(model[name] for model in models)])
-        start = next(thetas)
-        task_vector = torch.zeros_like(start)
-        for theta, share in zip(thetas, shares, strict=True):
-            task_vector.add_(theta - start, alpha=share)
-        return start.add(task_vector, alpha=scale)
-
-    return _merge(add_task_vectors, like=base, last=models[-1])
+    return apply(formulas.TaskArithmetic(shares, scale), models, base)
 
 
 def ties(
@@ -153,6 +144,7 @@ def ties(
     density: float = 0.2,
     scale: float = 1.0,
     per_tensor: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Trim task vectors, elect a sign per coordinate, and average those that agree with it.
 
@@ -180,6 +172,9 @@ def ties(
         scale: lambda of the paper, 1 in its recipe without validation data.
         per_tensor: trim within each tensor, with D its number of elements. The majority sign
             remains that of the whole model: only step 1 changes.
+        weights: one number above 0 per model, 1 each by default. Task vectors are multiplied by
+            them between steps 1 and 2, and the mean of step 3 is divided by the sum of the weights
+            of those that agree, so that only their ratios matter.
 
     Returns:
         The merged model, with the names, shapes and dtypes of the base.
@@ -190,22 +185,10 @@ def ties(
     if not 0.0 < density <= 1.0:
         refuse("density", f"{density} is outside (0, 1]", "20 % is written 0.2")
     check_number("scale", scale)
-    validate(models, base=base)
-    sizes = {name: tensor.numel() for name, tensor in base.items() if tensor.is_floating_point()}
-    # A threshold compares magnitudes across tensors, so that one dtype serves the whole model.
-    dtype = _accumulation_dtype(tensor for model in [base, *models] for tensor in model.values())
-
-    # Task vectors are computed anew in each step: cheaper than keeping a copy of every model.
-    task_vectors = [functools.partial(_task_vector, base, model, dtype) for model in models]
-    thresholds = [_trim_thresholds(vector, sizes, density, per_tensor) for vector in task_vectors]
-    trimmed = functools.partial(_trimmed, task_vectors, thresholds)
-    signs = _elect_signs(sizes, trimmed)
-
-    def add_disjoint_mean(name: str) -> torch.Tensor:
-        (start,) = _widened([base[name]], dtype)
-        return start.add(_disjoint_mean(trimmed(name), signs[name]), alpha=scale)
-
-    return _merge(add_disjoint_mean, like=base, last=models[-1])
+    shares = validate(models, base=base, weights=weights)
+    shares.check_positive()
+    rule = formulas.Ties(shares, density, scale, passes_over_whole_model=not per_tensor)
+    return apply(rule, models, base)
 
 
 def fisher(
@@ -245,159 +228,214 @@ def fisher(
     if floor < 0.0:
         refuse("floor", f"{floor} is negative", "it is 0 or a small number such as 1e-6")
     shares = validate(models, weights=weights)
-    if min(shares) < 0.0 or max(shares) == 0.0:
-        refuse("weights", f"{shares} are negative or all 0", "give each model a share above 0")
+    if min(shares.default) < 0.0 or max(shares.default) == 0.0:
+        reason = f"{list(shares.default)} are negative or all 0"
+        refuse("weights", reason, "give each model a share above 0")
     validate_fishers(fishers, models)
-    if normalize:
-        names = [name for name, tensor in models[0].items() if tensor.is_floating_point()]
-        norms = [_norm(values, names, f"fishers[{i}]") for i, values in enumerate(fishers)]
-        shares = [share / norm for share, norm in zip(shares, norms, strict=True)]
-
-    def weighted_mean(name: str) -> torch.Tensor:
-        thetas = _widened([model[name] for model in models])
-        device = models[0][name].device
-        precisions = _widened([values[name].to(device) for values in fishers])
-        numerator = denominator = torch.zeros((), device=device)
-        for theta, precision, share in zip(thetas, precisions, shares, strict=True):
-            weight = precision.clamp(min=floor).mul_(share)
-            numerator = numerator + weight * theta
-            denominator = denominator + weight
-        if not denominator.all():
-            refuse(f"tensor {name!r}", "all Fisher values of a coordinate are 0", "raise floor")
-        return numerator / denominator
-
-    return _merge(weighted_mean, like=models[0], last=models[-1])
+    return apply(formulas.Fisher(shares, floor, normalize), models, fishers=fishers)
 
 
-def _merge(
-    rule: Callable[[str], torch.Tensor], *, like: Weights, last: Weights
-) -> dict[str, torch.Tensor]:
-    """Apply `rule` to each floating tensor, rounding once to `like`; copy others from `last`."""
-    merged = {}
-    for name, reference in like.items():
-        if not reference.is_floating_point():
-            merged[name] = last[name].detach().to(reference.device, copy=True)
-            continue
-        # A copy even where the dtype stays: a rule may return one of its inputs.
-        result = rule(name).to(reference.dtype, copy=True)
-        if not is_finite(result):
-            refuse(
-                f"tensor {name!r}",
-                f"the merged values overflow {reference.dtype}",
-                "lower the scale or the weights, or merge in a wider dtype",
-            )
-        merged[name] = result
-    return merged
+def slerp(first: Weights, second: Weights, t: float) -> dict[str, torch.Tensor]:
+    """Interpolate along the arc between two models, each tensor taken as one vector.
 
+    theta = sin((1-t) W)/sin(W) theta_first + sin(t W)/sin(W) theta_second, where cos(W) is the
+    cosine of the two tensors. Their norms are not equalised first. Tensors that are parallel
+    (cosine beyond 0.9995) or 0 are interpolated linearly.
 
-def _accumulation_dtype(tensors: Iterable[torch.Tensor]) -> torch.dtype:
-    """float32, or float64 if one of the tensors is."""
-    wide = any(tensor.dtype == torch.float64 for tensor in tensors)
-    return torch.float64 if wide else torch.float32
+    Animating rotation with quaternion curves (Shoemake, 1985).
 
+    Args:
+        first: the model at t = 0.
+        second: the model at t = 1.
+        t: share of the second model's direction, in [0, 1].
 
-def _widened(
-    tensors: Sequence[torch.Tensor], dtype: torch.dtype | None = None
-) -> Iterator[torch.Tensor]:
-    """Tensors in the dtype to accumulate in, on the device of the first, one at a time.
+    Returns:
+        The merged model, with the names, shapes and dtypes of the first.
 
-    They may be the inputs themselves: never write to them.
+    Raises:
+        ValueError: see the module; also if `t` is outside [0, 1].
     """
-    dtype = dtype or _accumulation_dtype(tensors)
-    for tensor in tensors:
-        yield tensor.detach().to(tensors[0].device, dtype)
+    check_share("t", t)
+    validate([first, second])
+    return apply(formulas.Slerp(t), [first, second])
 
 
-def _task_vector(base: Weights, model: Weights, dtype: torch.dtype, name: str) -> torch.Tensor:
-    """theta_model - theta_base."""
-    start, theta = _widened([base[name], model[name]], dtype)
-    return theta - start
-
-
-def _trimmed(
-    task_vectors: Sequence[Callable[[str], torch.Tensor]],
-    thresholds: Sequence[Mapping[str, float]],
-    name: str,
-) -> Iterator[torch.Tensor]:
-    """The task vector of each model, its small entries 0."""
-    for task_vector, threshold in zip(task_vectors, thresholds, strict=True):
-        delta = task_vector(name)
-        yield delta.masked_fill_(delta.abs() < threshold[name], 0.0)
-
-
-def _trim_thresholds(
-    task_vector: Callable[[str], torch.Tensor],
-    sizes: Mapping[str, int],
-    density: float,
-    per_tensor: bool,
-) -> dict[str, float]:
-    """The smallest |delta| that is kept, by the name of the tensor; 0 keeps all."""
-    thresholds = {}
-    for scope in [[name] for name in sizes] if per_tensor else [list(sizes)]:
-        size = sum(sizes[name] for name in scope)
-        k = size - int(size * density)
-        # A new iterator for each pass of the selection: one task vector in memory at a time.
-        vectors = functools.partial(map, task_vector, scope)
-        threshold = _kth_smallest_magnitude(vectors, k) if k else 0.0
-        thresholds.update(dict.fromkeys(scope, threshold))
-    return thresholds
-
-
-def _kth_smallest_magnitude(vectors: Callable[[], Iterable[torch.Tensor]], k: int) -> float:
-    """The k-th smallest magnitude (k from 1) of all entries of tensors of one dtype.
-
-    Selects by radix, 16 bits at a time from the top: the bits of non-negative IEEE 754 numbers,
-    read as integers, have the order of the numbers. `vectors` is called two times for float32,
-    four times for float64, and memory stays that of the largest tensor, where sorting would need
-    several times that of the model.
-    """
-    floating, integer, prefix = torch.float32, torch.int32, 0
-    if next(iter(vectors())).dtype == torch.float64:
-        floating, integer = torch.float64, torch.int64
-    highest = 8 * floating.itemsize - 16
-    for shift in range(highest, -1, -16):
-        counts = torch.zeros(1 << 16, dtype=torch.int64)
-        for vector in vectors():
-            bits = vector.abs().view(integer).flatten()
-            if shift < highest:
-                bits = bits[(bits >> (shift + 16)) == prefix]
-            counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16).cpu()
-        up_to = counts.cumsum(0)
-        digit = int(torch.searchsorted(up_to, k))
-        k -= int(up_to[digit] - counts[digit])
-        prefix = (prefix << 16) | digit
-    return float(torch.tensor(prefix, dtype=integer).view(floating))
-
-
-def _elect_signs(
-    names: Iterable[str], trimmed: Callable[[str], Iterable[torch.Tensor]]
+def dare(
+    base: Weights,
+    models: Sequence[Weights],
+    drop_rate: float = 0.9,
+    scale: float = 1.0,
+    combine: Literal["linear", "ties"] = "linear",
+    weights: Sequence[float] | None = None,
+    normalize: bool = True,
+    seed: int = 0,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """The sign of the summed task vectors; where the sum is 0, that of the model's majority."""
-    # int8: the one thing kept for the whole model, since the majority is known only at the end.
-    signs = {
-        name: functools.reduce(operator.add, trimmed(name)).sign().to(torch.int8) for name in names
-    }
-    balance = sum(int(sign.sum(dtype=torch.int64)) for sign in signs.values())
-    majority = (balance > 0) - (balance < 0)
-    return {name: sign.masked_fill_(sign == 0, majority) for name, sign in signs.items()}
+    """Drop entries of task vectors at random, divide the others by 1 - p, and merge.
+
+    delta_i = (theta_i - theta_base) * m / (1 - p), m = 1 with probability 1 - p, else 0: the
+    expectation stays. Then ``linear``: theta = theta_base + scale * sum_i w_i delta_i / sum_i w_i;
+    or ``ties``: sign election and disjoint mean as in `ties`, the drop in place of its trim.
+
+    Language models are super mario: absorbing abilities from homologous models as a free lunch (Yu
+    et al., 2024), which divides by 1 - p; mergekit rescales to the L1 norm from before the drop.
+
+    Args:
+        base: the model that all models were fine-tuned from.
+        models: one or more fine-tuned models.
+        drop_rate: p, in [0, 1).
+        scale: factor of the merged task vector.
+        combine: how task vectors are merged.
+        weights: one number per model, 1 each by default.
+        normalize: divide by the sum of the weights (``linear`` only; ``ties`` always does, by the
+            sum over those that agree).
+        seed: with a model's label and a tensor's name, the key of its draws: they depend on
+            nothing else.
+        labels: per model the name in that key; by default its number.
+
+    Returns:
+        The merged model, with the names, shapes and dtypes of the base.
+
+    Raises:
+        ValueError: see the module; also if `drop_rate` is outside [0, 1).
+    """
+    if not 0.0 <= drop_rate < 1.0:
+        refuse("drop_rate", f"{drop_rate} is outside [0, 1)", "to drop 90 % is written 0.9")
+    check_number("scale", scale)
+    shares = validate(models, base=base, weights=weights)
+    if combine == "ties":
+        shares.check_positive()
+    elif normalize:
+        shares.check_totals()
+    names = tuple(labels) if labels is not None else tuple(map(str, range(len(models))))
+    rule = formulas.Dare(shares, drop_rate, scale, combine, normalize, seed, names)
+    return apply(rule, models, base)
 
 
-def _disjoint_mean(deltas: Iterable[torch.Tensor], sign: torch.Tensor) -> torch.Tensor:
-    """Mean over the entries of the elected sign; 0 where there are none."""
-    total = torch.zeros((), device=sign.device)
-    count = torch.zeros((), device=sign.device)
-    for delta in deltas:
-        agrees = torch.where(sign > 0, delta > 0, delta < 0)
-        total = total + delta.masked_fill(~agrees, 0.0)
-        count = count + agrees
-    return total / count.clamp(min=1)
+def magmax(
+    base: Weights,
+    models: Sequence[Weights],
+    scale: float = 1.0,
+    weights: Sequence[float] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Per coordinate, add the task vector's entry of largest magnitude.
+
+    theta = theta_base + scale * delta_j, j = argmax_i |w_i delta_i|; the first of equals.
+
+    MagMax: leveraging model merging for seamless continual learning (Marczak et al., 2024).
+
+    Args:
+        base: the model that all models were fine-tuned from.
+        models: one or more fine-tuned models.
+        scale: factor of the merged task vector.
+        weights: factors of the task vectors, 1 each by default.
+
+    Returns:
+        The merged model, with the names, shapes and dtypes of the base.
+
+    Raises:
+        ValueError: see the module.
+    """
+    check_number("scale", scale)
+    shares = validate(models, base=base, weights=weights)
+    return apply(formulas.MagMax(shares, scale), models, base)
 
 
-def _norm(values: Weights, names: Sequence[str], label: str) -> float:
-    """L2 norm over the named tensors together."""
-    norm = math.hypot(
-        *(float(torch.linalg.vector_norm(values[name], dtype=torch.float64)) for name in names)
-    )
-    if norm == 0.0:
-        refuse(label, "all values are 0, so that it has no norm", "pass normalize=False")
-    return norm
+def model_stock(base: Weights, models: Sequence[Weights]) -> dict[str, torch.Tensor]:
+    """Between the base and the mean of the models, per tensor, at the place their angles tell.
+
+    theta = t mean_i theta_i + (1-t) theta_base with t = N cos / (1 + (N-1) cos), where cos is the
+    mean cosine of all pairs of task vectors of the tensor; 0 where it is negative.
+
+    Model Stock: all we need is just a few fine-tuned models (Jang et al., 2024).
+
+    Args:
+        base: the model that all models were fine-tuned from.
+        models: two or more fine-tuned models.
+
+    Returns:
+        The merged model, with the names, shapes and dtypes of the base.
+
+    Raises:
+        ValueError: see the module; also if there is only one model.
+    """
+    validate(models, base=base)
+    if len(models) < 2:
+        refuse("models", "is one model, which has no angle to another", "give two or more")
+    return apply(formulas.ModelStock(), models, base)
+
+
+def breadcrumbs(
+    base: Weights,
+    models: Sequence[Weights],
+    density: float = 0.9,
+    gamma: float = 0.01,
+    scale: float = 1.0,
+    weights: Sequence[float] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Task arithmetic without the largest and the smallest changes of each tensor.
+
+    Per model and tensor of n elements, the int(gamma n) entries of largest |delta| become 0, and of
+    the others all but the round(density n) largest; entries that equal the smallest or the largest
+    of those kept are kept too. theta = theta_base + scale * sum_i w_i delta_i.
+
+    Model Breadcrumbs: scaling multi-task model merging with sparse masks (Davari & Belilovsky,
+    2024).
+
+    Args:
+        base: the model that all models were fine-tuned from.
+        models: one or more fine-tuned models.
+        density: share of the entries that are kept.
+        gamma: share that are dropped as outliers.
+        scale: factor of the sum.
+        weights: factors of the task vectors, 1 each by default.
+
+    Returns:
+        The merged model, with the names, shapes and dtypes of the base.
+
+    Raises:
+        ValueError: see the module; also if `density` or `gamma` is outside [0, 1], or their sum is.
+    """
+    check_share("density", density)
+    check_share("gamma", gamma)
+    if density + gamma > 1.0:
+        refuse("density", f"{density} and gamma {gamma} exceed 1", "what is dropped is not kept")
+    check_number("scale", scale)
+    shares = validate(models, base=base, weights=weights)
+    return apply(formulas.Breadcrumbs(shares, density, gamma, scale), models, base)
+
+
+def lines(
+    base: Weights,
+    models: Sequence[Weights],
+    alpha: float = 0.5,
+    beta: float = 0.5,
+    weights: Sequence[float] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Task arithmetic whose scale grows linearly with depth.
+
+    theta = theta_base + (alpha + beta l/(L-1)) sum_i w_i delta_i for a tensor of layer l = 0 .. L-1:
+    shallow layers, which hold what tasks share, move less. The first number in a tensor's name is
+    its layer. Without a number, embeddings belong to the first layer, all else to the last.
+
+    LiNeS: post-training layer scaling prevents forgetting and enhances model merging (Wang et al.,
+    2024).
+
+    Args:
+        base: the model that all models were fine-tuned from.
+        models: one or more fine-tuned models.
+        alpha: scale of the first layer.
+        beta: how much more the last layer has.
+        weights: factors of the task vectors, 1 each by default.
+
+    Returns:
+        The merged model, with the names, shapes and dtypes of the base.
+
+    Raises:
+        ValueError: see the module.
+    """
+    check_number("alpha", alpha)
+    check_number("beta", beta)
+    shares = validate(models, base=base, weights=weights)
+    rule = formulas.Lines(shares, alpha=alpha, beta=beta, names=tuple(base))
+    return apply(rule, models, base)

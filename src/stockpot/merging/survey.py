@@ -1,0 +1,185 @@
+"""What a rule must know of a whole tensor or model before it merges a part of it.
+
+Order statistics and inner products of vectors that do not fit in memory, exactly, and with the same
+bits however the vectors are cut into parts.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK", "InnerProducts", "OrderStatistics", "kth_smallest_magnitude"]
+
+BLOCK = 4096
+"""Elements: parts begin at multiples of it, so that sums are made of the same blocks."""
+
+_SAMPLE = 1 << 16
+_LARGEST_SAMPLE = 1 << 22
+_RUN = 256  # consecutive elements per place of the sample: one short read
+_WIDEST_BRACKET = 1 << 22  # codes, 8 bytes each
+_DEVIATIONS = 10.0
+
+
+@dataclass
+class InnerProducts:
+    """Sums over x_i x_j for all pairs of vectors, exact to the last bit of float64.
+
+    Products are summed in blocks of `BLOCK` elements in the vectors' own precision, and the blocks
+    by `math.fsum`, which does not depend on order.
+    """
+
+    sums: dict[tuple[int, int], list[np.ndarray]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, vectors: Sequence[Tensor], diagonal: bool = False) -> None:
+        """Take in the next part of each vector; parts begin at multiples of `BLOCK`."""
+        for i, left in enumerate(vectors):
+            for j in (i,) if diagonal else range(i + 1):
+                sums = _block_sums(left * vectors[j])
+                with self._lock:
+                    self.sums.setdefault((i, j), []).append(sums)
+
+    def matrix(self, count: int) -> list[list[float]]:
+        """The symmetric matrix of inner products."""
+        result = [[0.0] * count for _ in range(count)]
+        for (i, j), parts in self.sums.items():
+            total = math.fsum(number for part in parts for number in part.tolist())
+            result[i][j] = result[j][i] = total
+        return result
+
+
+def _block_sums(values: Tensor) -> np.ndarray:
+    whole = values.numel() // BLOCK * BLOCK
+    sums = values[:whole].view(-1, BLOCK).sum(dim=1, dtype=values.dtype).double()
+    if whole < values.numel():
+        sums = torch.cat([sums, values[whole:].sum().double().view(1)])
+    return sums.cpu().numpy()
+
+
+@dataclass
+class _Bracket:
+    """Numbers between two bounds, counted one by one: ``counts[code - code(low)]``."""
+
+    low: float
+    high: float
+    first: int
+    counts: np.ndarray
+    below: int = 0
+
+
+class OrderStatistics:
+    """The k-th smallest magnitude of a vector that is seen in parts, for several k.
+
+    A sample brackets each rank. One pass over all parts then counts what lies below the bracket and
+    how often each number inside it occurs: as integers, the codes of non-negative IEEE 754 numbers
+    have the order of the numbers, so that a table of counts is a sort. A rank outside its bracket
+    (a sample can mislead) is `unresolved`, and the caller falls back to `kth_smallest_magnitude`.
+
+    Args:
+        elements: length of the vector.
+        ranks: k, from 1.
+        sample: some of the magnitudes, float32 or float64.
+    """
+
+    def __init__(self, elements: int, ranks: Sequence[int], sample: np.ndarray) -> None:
+        self._ranks = tuple(ranks)
+        self._elements = elements
+        self._lock = threading.Lock()
+        sample = np.sort(sample)
+        self._integer = np.int32 if sample.dtype == np.float32 else np.int64
+        self._brackets = [self._bracket(rank, sample) for rank in self._ranks]
+
+    def _bracket(self, rank: int, sample: np.ndarray) -> _Bracket | None:
+        if sample.size == 0 or not np.isfinite(sample[-1]):
+            return None
+        share = rank / self._elements
+        spread = _DEVIATIONS * math.sqrt(sample.size * max(share * (1 - share), 1 / sample.size))
+        complete = sample.size == self._elements
+        low = math.floor(share * sample.size - (1 if complete else spread))
+        high = math.ceil(share * sample.size + (1 if complete else spread))
+        bounds = [
+            sample[0] * 0 if low < 0 else sample[low],
+            np.array(np.finfo(sample.dtype).max, sample.dtype)
+            if high >= sample.size and not complete
+            else sample[min(high, sample.size - 1)],
+        ]
+        codes = [int(np.asarray(bound).view(self._integer)) for bound in bounds]
+        if codes[1] - codes[0] >= _WIDEST_BRACKET:
+            return None
+        counts = np.zeros(codes[1] - codes[0] + 1, dtype=np.int64)
+        return _Bracket(bounds[0], bounds[1], codes[0], counts)
+
+    def add(self, magnitudes: np.ndarray) -> None:
+        """Take in the next part."""
+        for bracket in self._brackets:
+            if bracket is None:
+                continue
+            below = int(np.count_nonzero(magnitudes < bracket.low))
+            inside = magnitudes[(magnitudes >= bracket.low) & (magnitudes <= bracket.high)]
+            codes = inside.view(self._integer) - self._integer(bracket.first)
+            values, counts = np.unique(codes, return_counts=True)
+            with self._lock:
+                bracket.below += below
+                bracket.counts[values] += counts
+
+    def result(self) -> list[float] | None:
+        """The magnitudes at the ranks; None if the sample misled."""
+        found = []
+        for rank, bracket in zip(self._ranks, self._brackets, strict=True):
+            if bracket is None or rank <= bracket.below:
+                return None
+            up_to = np.cumsum(bracket.counts)
+            if rank > bracket.below + int(up_to[-1]):
+                return None
+            code = bracket.first + int(np.searchsorted(up_to, rank - bracket.below))
+            floating = np.float32 if self._integer is np.int32 else np.float64
+            found.append(float(np.array(code, self._integer).view(floating)))
+        return found
+
+
+def sample_places(elements: int, whole: int) -> Iterator[tuple[int, int]]:
+    """Where to sample a tensor of so many elements, which is part of a vector of `whole`.
+
+    Short runs at equal distances: an even share of every tensor, and the same at every call.
+    """
+    wanted = min(_LARGEST_SAMPLE, max(_SAMPLE, whole // 1024))
+    runs = max(1, round(wanted * elements / whole / _RUN))
+    if elements <= runs * _RUN:
+        yield 0, elements
+        return
+    for run in range(runs):
+        start = (elements - _RUN) * run // max(1, runs - 1)
+        yield start, start + _RUN
+
+
+def kth_smallest_magnitude(vectors: Callable[[], Iterable[Tensor]], k: int) -> float:
+    """The k-th smallest magnitude (k from 1) of all entries of tensors of one dtype.
+
+    Selects by radix, 16 bits at a time from the top: the bits of non-negative IEEE 754 numbers,
+    read as integers, have the order of the numbers. `vectors` is called two times for float32,
+    four times for float64, and memory stays that of the largest tensor, where sorting would need
+    several times that of the model.
+    """
+    floating, integer, prefix = torch.float32, torch.int32, 0
+    if next(iter(vectors())).dtype == torch.float64:
+        floating, integer = torch.float64, torch.int64
+    highest = 8 * floating.itemsize - 16
+    for shift in range(highest, -1, -16):
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for vector in vectors():
+            bits = vector.abs().view(integer).flatten()
+            if shift < highest:
+                bits = bits[(bits >> (shift + 16)) == prefix]
+            counts += torch.bincount((bits >> shift) & 0xFFFF, minlength=1 << 16).cpu()
+        up_to = counts.cumsum(0)
+        digit = int(torch.searchsorted(up_to, k))
+        k -= int(up_to[digit] - counts[digit])
+        prefix = (prefix << 16) | digit
+    return float(torch.tensor(prefix, dtype=integer).view(floating))
