@@ -9,6 +9,7 @@ import typer
 
 from stockpot import __version__
 from stockpot.cli import list_ as list_verb
+from stockpot.cli import merge as merge_verb
 from stockpot.cli import report as report_verb
 from stockpot.cli import run as run_verb
 from stockpot.cli.output import complain
@@ -32,6 +33,11 @@ app.command(
     "\\[sequential, sfa]}[/]. `stockpot list` shows all that may stand in one.",
 )(run_verb.run)
 app.command("list")(list_verb.list_)
+app.command(
+    "merge",
+    no_args_is_help=True,
+    epilog="For example: [green]stockpot merge ties --base BASE A B:0.5 --density 0.2 -o OUT[/]",
+)(merge_verb.merge)
 app.command("report", no_args_is_help=True)(report_verb.report)
 
 

@@ -13,13 +13,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stockpot.errors import ConfigError, nearest
-from stockpot.experiment.yaml_file import Key, Lines, apply_override, read_yaml
+from stockpot.experiment.overrides import apply_override
 from stockpot.methods import METHODS, Method
 from stockpot.models import MODELS, ModelSettings, expand_model
+from stockpot.settings_file import Key, Lines, explain, read_yaml
 from stockpot.streams import STREAMS, StreamSettings
 from stockpot.training import TrainingSettings
 
 __all__ = ["EvaluationSettings", "Experiment", "RecordSettings", "load_experiment"]
+
+_EXPECTED = "'stream:', 'model:', 'methods:' and so on (`stockpot run --help` shows an example)"
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
 
@@ -107,7 +110,7 @@ def load_experiment(
             the nearest valid one.
     """
     path = Path(path)
-    values, places = read_yaml(path)
+    values, places = read_yaml(path, _EXPECTED)
     for override in overrides:
         apply_override(values, places, override)
     return _Checker(places, str(path)).experiment(values, path, output)
@@ -212,7 +215,7 @@ class _Checker:
             return kind.model_validate(value)
         except ValidationError as error:
             for item in error.errors():
-                self.problem((*at, *item["loc"]), _explain(kind, item))
+                self.problem((*at, *item["loc"]), explain(kind, item))
             return None
 
     def seeds(self, values: dict[str, Any]) -> tuple[int, ...]:
@@ -295,29 +298,3 @@ def _valid(kind: type[BaseModel]) -> list[str]:
 def _allows_bool(kind: type[BaseModel], key: str) -> bool:
     annotation = kind.model_fields[key].annotation
     return annotation is bool or bool in typing.get_args(annotation) or annotation is dict[str, Any]
-
-
-def _explain(kind: type[BaseModel], error: Any) -> str:
-    """One of pydantic's errors in a sentence: what is wrong and what would be right."""
-    given, limits = error["input"], error.get("ctx", {})
-    if error["type"] == "extra_forbidden":
-        key = error["loc"][-1]
-        return f"unknown key {key!r}{nearest(str(key), _valid(kind))}"
-    if error["type"] == "literal_error":
-        options = [
-            option.strip("' ") for option in limits["expected"].replace(" or ", ", ").split(",")
-        ]
-        return f"{given!r} is not one of {', '.join(options)}{_only_close(str(given), options)}"
-    if error["type"] == "missing":
-        return "is missing"
-    if error["type"] == "value_error":
-        return str(limits["error"])
-    what: str = error["msg"].removeprefix("Input should be ")
-    field = kind.model_fields.get(str(error["loc"][0])) if error["loc"] else None
-    about = f" ({field.description})" if field and field.description else ""
-    return f"{given!r} should be {what}{about}"
-
-
-def _only_close(name: str, options: list[str]) -> str:
-    hint = nearest(name, options)
-    return hint if "did you mean" in hint else ""

@@ -183,7 +183,7 @@ def _refuse_pickle(path: Path) -> NoReturn:
         f"{path} is a pickle, which can run code when it is read, so it is not opened. Convert it "
         "once, if you trust it: python -c 'import sys, torch; from safetensors.torch import "
         'save_file; s = torch.load(sys.argv[1], map_location="cpu", weights_only=True); '
-        "s = s.get(\"state_dict\", s); save_file({k: v.clone().contiguous() for k, v in s.items()}, "
+        's = s.get("state_dict", s); save_file({k: v.clone().contiguous() for k, v in s.items()}, '
         f"sys.argv[2])' {path} {path.with_name(target)}"
     )
 

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -30,8 +30,8 @@ __all__ = [
     "Dare",
     "Facts",
     "Fisher",
-    "Lines",
     "Linear",
+    "Lines",
     "MagMax",
     "ModelStock",
     "Notes",
@@ -124,6 +124,7 @@ class Linear(Rule):
     temporaries: ClassVar[int] = 1
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+        """The formula of the class."""
         shares = self.shares.of(part.name, self.normalize)
         return _weighted_sum(part.models, shares)
 
@@ -139,6 +140,7 @@ class WiseFT(Rule):
     needs_base: ClassVar[bool] = True
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+        """The formula of the class."""
         from stockpot.arithmetic import lerp
 
         assert part.base is not None
@@ -171,6 +173,7 @@ class Slerp(Rule):
         )
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+        """The formula of the class."""
         return _weighted_sum(part.models, self.shares(facts.products[part.name]))
 
 
@@ -188,6 +191,7 @@ class TaskArithmetic(Rule):
         return self.scale
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+        """The formula of the class."""
         assert part.base is not None
         shares = self.shares.of(part.name, self.normalize)
         total = (part.models[0] - part.base).mul_(shares[0])
@@ -228,7 +232,7 @@ class Lines(TaskArithmetic):
         return 0.0 if _FIRST_LAYER.search(name) else 1.0
 
     def scale_of(self, name: str) -> float:
-        """alpha + beta l/(L-1)."""
+        """Alpha + beta l/(L-1)."""
         return self.alpha + self.beta * self.depth(name)
 
 
@@ -251,49 +255,30 @@ class _Electing(Rule):
         sums = deltas[0].clone()
         for delta in deltas[1:]:
             sums.add_(delta)
-        positive = sums > 0
-        negative = sums < 0
-        # numpy counts booleans many times faster than torch does.
-        notes.balance += _count(positive) - _count(negative)
-        voted = _count(positive) + _count(negative)
-        if voted < sums.numel():
-            self._decide(sums, deltas, positive, facts.majority, notes)
-        numerator = torch.zeros_like(sums)
-        denominator = torch.zeros_like(sums)
+        # In floats throughout: masks of booleans take several times as long.
+        sign = sums.sign_()
+        notes.balance += int(sign.sum(dtype=torch.float64))
+        even = torch.sub(1.0, sign.abs())
+        # Coordinates that sum to 0 take the majority's sign. Without a majority, negative entries
+        # are averaged, as in the authors' implementation.
+        sign.add_(even, alpha=1.0 if facts.majority > 0 else -1.0)
+        total = torch.zeros_like(sign)
+        count = torch.zeros_like(sign)
         for delta, share in zip(deltas, shares, strict=True):
-            # An entry counts if it has the elected sign. delta * sign > 0 could underflow.
-            agrees = torch.where(positive, delta > 0, delta < 0)
-            numerator.add_(torch.mul(delta, agrees, out=sums))
-            denominator.add_(agrees, alpha=share)
-        # 0/0, where nothing agrees: the numerator is 0, and so is the mean.
-        denominator[denominator == 0] = 1.0
-        return numerator.div_(denominator).mul_(self.scale).add_(part.base)
-
-    def _decide(
-        self, sums: Tensor, deltas: Sequence[Tensor], positive: Tensor, majority: int, notes: Notes
-    ) -> None:
-        """Coordinates that sum to 0 take the majority's sign, which matters if any entry is not 0.
-
-        Without a majority, negative entries are averaged, as in the authors' implementation.
-        """
-        even = sums == 0
-        occupied = deltas[0] != 0
-        for delta in deltas[1:]:
-            occupied |= delta != 0
-        notes.undecided |= bool((even & occupied).any())
-        if majority > 0:
-            positive |= even
-
-
-def _count(mask: Tensor) -> int:
-    if mask.device.type == "cpu":
-        return int(np.count_nonzero(mask.numpy()))
-    return int(mask.count_nonzero())
+            # |delta| where it has the elected sign, else 0; a product with 1 or -1 is exact.
+            agreeing = delta.mul_(sign).clamp_(min=0.0)
+            total.add_(agreeing)
+            count.add_(agreeing.sign_(), alpha=share)
+        # Entries that cancel have both signs, so that some agree with whichever is elected.
+        notes.undecided |= float(even.mul_(count).sum()) > 0.0
+        # Where nothing agrees, the total is 0, and so is its quotient by anything.
+        count.clamp_(min=min(shares))
+        return total.div_(count).mul_(sign).mul_(self.scale).add_(part.base)
 
 
 @dataclass
 class Ties(_Electing):
-    """Trim, elect, disjoint mean (Yadav et al. 2023); `stockpot.merging.rules.ties` has the details."""
+    """Trim, elect, disjoint mean (Yadav et al. 2023); `rules.ties` has the details."""
 
     shares: Shares
     density: float = 0.2
@@ -303,26 +288,30 @@ class Ties(_Electing):
     temporaries: ClassVar[int] = 8
 
     def ranks(self, elements: int) -> tuple[int, ...]:
-        """k = n - int(n density), the smallest magnitude kept; none if all are."""
+        """K = n - int(n density), the smallest magnitude kept; none if all are."""
         rank = elements - int(elements * self.density)
         return (rank,) if rank else ()
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
-        deltas = part.deltas()
+        """The formula of the class."""
         scope = "" if self.passes_over_whole_model else part.name
-        for delta, thresholds in zip(deltas, facts.thresholds, strict=True):
-            if thresholds[scope]:
-                _keep(delta, thresholds[scope][0], math.inf)
+        deltas = [
+            _keep(delta, *(thresholds[scope] or (0.0,)), math.inf)
+            for delta, thresholds in zip(part.deltas(), facts.thresholds, strict=True)
+        ]
         return self._elect_and_average(part, deltas, facts, notes)
 
 
-def _keep(delta: Tensor, low: float, high: float) -> None:
-    """Set entries whose magnitude is outside [low, high] to 0."""
-    magnitude = delta.abs()
-    kept = magnitude >= low
+def _keep(delta: Tensor, low: float, high: float) -> Tensor:
+    """Entries whose magnitude is in [low, high]; the others become 0."""
     if high < math.inf:
-        kept &= magnitude <= high
-    delta.mul_(kept)
+        delta = delta.sub_(torch.nn.functional.hardshrink(delta, high))
+    if low > 0.0:
+        # hardshrink keeps what is greater than its bound: the number before the lowest kept.
+        kind: Any = np.float32 if delta.dtype == torch.float32 else np.float64
+        below = np.nextafter(kind(low), kind(0.0))
+        delta = torch.nn.functional.hardshrink(delta, float(below))
+    return delta
 
 
 @dataclass
@@ -358,6 +347,7 @@ class Dare(_Electing):
         return draws >= np.uint32(min(round(self.drop_rate * 2**32), 2**32 - 1))
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+        """The formula of the class."""
         assert part.base is not None
         deltas = part.deltas()
         for number, delta in enumerate(deltas):
@@ -382,6 +372,7 @@ class MagMax(Rule):
     temporaries: ClassVar[int] = 4
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+        """The formula of the class."""
         assert part.base is not None
         shares = self.shares.of(part.name, normalize=False)
         best = (part.models[0] - part.base).mul_(shares[0])
@@ -393,7 +384,7 @@ class MagMax(Rule):
 
 @dataclass
 class ModelStock(Rule):
-    """theta = t mean_i theta_i + (1-t) theta_0, t from the angles of each tensor (Jang et al. 2024).
+    """theta = t mean_i theta_i + (1-t) theta_0, t from each tensor's angles (Jang et al. 2024).
 
     t = N cos / (1 + (N-1) cos), cos the mean cosine of all pairs of task vectors. Where the cosine
     is negative, t would be too: it is then 0, the base.
@@ -415,6 +406,7 @@ class ModelStock(Rule):
         return count * cosine / (1.0 + (count - 1) * cosine)
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+        """The formula of the class."""
         assert part.base is not None
         deltas = part.deltas()
         share = self.ratio(facts.products[part.name]) / len(deltas)
@@ -439,16 +431,19 @@ class Breadcrumbs(Rule):
 
     def ranks(self, elements: int) -> tuple[int, ...]:
         """Ranks of the smallest and of the largest magnitude kept."""
+        if not elements:
+            return ()
         highest = elements - int(self.gamma * elements)
         lowest = max(1, highest - round(self.density * elements) + 1)
         return (min(lowest, highest), highest)
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+        """The formula of the class."""
         assert part.base is not None
-        deltas = part.deltas()
-        for delta, thresholds in zip(deltas, facts.thresholds, strict=True):
-            low, high = thresholds[part.name]
-            _keep(delta, low, high)
+        deltas = [
+            _keep(delta, *(thresholds[part.name] or (0.0, math.inf)))
+            for delta, thresholds in zip(part.deltas(), facts.thresholds, strict=True)
+        ]
         total = _weighted_sum(deltas, self.shares.of(part.name, normalize=False))
         return total.mul_(self.scale).add_(part.base)
 
@@ -474,6 +469,7 @@ class Fisher(Rule):
         return "fishers" if self.normalize else None
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+        """The formula of the class."""
         shares = self.shares.of(part.name, normalize=False)
         if self.normalize:
             norms = [math.sqrt(row[i]) for i, row in enumerate(facts.products[""])]

@@ -32,9 +32,7 @@ def apply(
     inputs = [like, *models, *fishers]
     # One precision for the whole model: a threshold compares magnitudes across tensors.
     wide = any(tensor.dtype == torch.float64 for each in inputs for tensor in each.values())
-    part = functools.partial(
-        _part, base, models, fishers, torch.float64 if wide else torch.float32
-    )
+    part = functools.partial(_part, base, models, fishers, torch.float64 if wide else torch.float32)
     names = [name for name, tensor in like.items() if tensor.is_floating_point()]
     facts = _survey(rule, part, names)
     merged: dict[str, Tensor] = {}

@@ -18,7 +18,7 @@ checkpoints on disk.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -33,7 +33,6 @@ from stockpot.merging._validation import (
     validate_fishers,
 )
 from stockpot.merging.in_memory import apply
-from stockpot.merging.shares import Shares
 
 __all__ = [
     "Weights",
@@ -414,8 +413,8 @@ def lines(
 ) -> dict[str, torch.Tensor]:
     """Task arithmetic whose scale grows linearly with depth.
 
-    theta = theta_base + (alpha + beta l/(L-1)) sum_i w_i delta_i for a tensor of layer l = 0 .. L-1:
-    shallow layers, which hold what tasks share, move less. The first number in a tensor's name is
+    theta = theta_base + (alpha + beta l/(L-1)) sum_i w_i delta_i for a tensor of layer l = 0..L-1.
+    Shallow layers, which hold what tasks share, move less. The first number in a tensor's name is
     its layer. Without a number, embeddings belong to the first layer, all else to the last.
 
     LiNeS: post-training layer scaling prevents forgetting and enhances model merging (Wang et al.,

@@ -10,6 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ BLOCK = 4096
 
 _SAMPLE = 1 << 16
 _LARGEST_SAMPLE = 1 << 22
-_RUN = 256  # consecutive elements per place of the sample: one short read
+_RUN = BLOCK  # consecutive elements per place of the sample: one read
+_LONG = 1 << 26  # elements: numbers of a bracket are counted by code, not kept
 _WIDEST_BRACKET = 1 << 22  # codes, 8 bytes each
-_DEVIATIONS = 10.0
+_DEVIATIONS = 6.0
 
 
 @dataclass
@@ -65,13 +67,39 @@ def _block_sums(values: Tensor) -> np.ndarray:
 
 @dataclass
 class _Bracket:
-    """Numbers between two bounds, counted one by one: ``counts[code - code(low)]``."""
+    """Numbers between two bounds: kept one by one, or as counts where a vector is long."""
 
     low: float
     high: float
     first: int
-    counts: np.ndarray
+    """Code of ``low``."""
     below: int = 0
+    kept: list[np.ndarray] = field(default_factory=list)
+    counts: np.ndarray | None = None
+    """By code, from ``first`` on."""
+
+    def add(self, inside: np.ndarray, integer: Any) -> None:
+        """Take in numbers between the bounds."""
+        if self.counts is None:
+            self.kept.append(inside)
+            return
+        codes = inside.view(integer).astype(np.int64) - self.first
+        values, counts = np.unique(codes, return_counts=True)
+        self.counts[values] += counts
+
+    def smallest(self, rank: int) -> float | None:
+        """The number of a rank among all, if it is between the bounds."""
+        rank -= self.below
+        if self.counts is None:
+            numbers = np.concatenate(self.kept) if self.kept else np.empty(0)
+            if not 1 <= rank <= numbers.size:
+                return None
+            return float(np.partition(numbers, rank - 1)[rank - 1])
+        up_to = np.cumsum(self.counts)
+        if not 1 <= rank <= int(up_to[-1]):
+            return None
+        code = self.first + int(np.searchsorted(up_to, rank))
+        return float(np.array(code, np.int32).view(np.float32))
 
 
 class OrderStatistics:
@@ -92,29 +120,32 @@ class OrderStatistics:
         self._ranks = tuple(ranks)
         self._elements = elements
         self._lock = threading.Lock()
-        sample = np.sort(sample)
         self._integer = np.int32 if sample.dtype == np.float32 else np.int64
         self._brackets = [self._bracket(rank, sample) for rank in self._ranks]
 
     def _bracket(self, rank: int, sample: np.ndarray) -> _Bracket | None:
-        if sample.size == 0 or not np.isfinite(sample[-1]):
+        if sample.size == 0:
             return None
         share = rank / self._elements
         spread = _DEVIATIONS * math.sqrt(sample.size * max(share * (1 - share), 1 / sample.size))
         complete = sample.size == self._elements
-        low = math.floor(share * sample.size - (1 if complete else spread))
-        high = math.ceil(share * sample.size + (1 if complete else spread))
-        bounds = [
-            sample[0] * 0 if low < 0 else sample[low],
-            np.array(np.finfo(sample.dtype).max, sample.dtype)
-            if high >= sample.size and not complete
-            else sample[min(high, sample.size - 1)],
-        ]
-        codes = [int(np.asarray(bound).view(self._integer)) for bound in bounds]
-        if codes[1] - codes[0] >= _WIDEST_BRACKET:
-            return None
-        counts = np.zeros(codes[1] - codes[0] + 1, dtype=np.int64)
-        return _Bracket(bounds[0], bounds[1], codes[0], counts)
+        margin = 1.0 if complete else spread
+        low = math.floor(share * sample.size - margin)
+        high = math.ceil(share * sample.size + margin)
+        places = sorted({min(max(place, 0), sample.size - 1) for place in (low, high)})
+        parted = np.partition(sample, places)
+        bounds = [parted[places[0]], parted[places[-1]]]
+        if low < 0:
+            bounds[0] = sample.dtype.type(0.0)
+        if high >= sample.size and not complete:
+            bounds[1] = sample.dtype.type(np.finfo(sample.dtype).max)
+        first, last = (int(np.asarray(bound).view(self._integer)) for bound in bounds)
+        bracket = _Bracket(bounds[0], bounds[1], first)
+        if self._elements > _LONG:
+            if last - first >= _WIDEST_BRACKET:
+                return None
+            bracket.counts = np.zeros(last - first + 1, dtype=np.int64)
+        return bracket
 
     def add(self, magnitudes: np.ndarray) -> None:
         """Take in the next part."""
@@ -123,24 +154,18 @@ class OrderStatistics:
                 continue
             below = int(np.count_nonzero(magnitudes < bracket.low))
             inside = magnitudes[(magnitudes >= bracket.low) & (magnitudes <= bracket.high)]
-            codes = inside.view(self._integer) - self._integer(bracket.first)
-            values, counts = np.unique(codes, return_counts=True)
             with self._lock:
                 bracket.below += below
-                bracket.counts[values] += counts
+                bracket.add(inside, self._integer)
 
     def result(self) -> list[float] | None:
         """The magnitudes at the ranks; None if the sample misled."""
         found = []
         for rank, bracket in zip(self._ranks, self._brackets, strict=True):
-            if bracket is None or rank <= bracket.below:
+            value = None if bracket is None else bracket.smallest(rank)
+            if value is None:
                 return None
-            up_to = np.cumsum(bracket.counts)
-            if rank > bracket.below + int(up_to[-1]):
-                return None
-            code = bracket.first + int(np.searchsorted(up_to, rank - bracket.below))
-            floating = np.float32 if self._integer is np.int32 else np.float64
-            found.append(float(np.array(code, self._integer).view(floating)))
+            found.append(value)
         return found
 
 
@@ -149,14 +174,16 @@ def sample_places(elements: int, whole: int) -> Iterator[tuple[int, int]]:
 
     Short runs at equal distances: an even share of every tensor, and the same at every call.
     """
-    wanted = min(_LARGEST_SAMPLE, max(_SAMPLE, whole // 1024))
-    runs = max(1, round(wanted * elements / whole / _RUN))
-    if elements <= runs * _RUN:
+    wanted = min(_LARGEST_SAMPLE, max(_SAMPLE, whole // 64))
+    share = math.ceil(wanted * elements / whole) if whole > wanted else elements
+    if share >= elements:
         yield 0, elements
         return
+    runs = max(1, share // _RUN)
+    length = min(_RUN, share)
     for run in range(runs):
-        start = (elements - _RUN) * run // max(1, runs - 1)
-        yield start, start + _RUN
+        start = (elements - length) * run // max(1, runs - 1)
+        yield start, start + length
 
 
 def kth_smallest_magnitude(vectors: Callable[[], Iterable[Tensor]], k: int) -> float:

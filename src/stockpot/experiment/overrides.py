@@ -1,67 +1,16 @@
-"""A YAML file as plain values that remember the line each was written on."""
+"""Settings of an experiment that the command line changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from stockpot.errors import ConfigError
 from stockpot.models import expand_model
+from stockpot.settings_file import Key, Lines
 
-__all__ = ["Lines", "apply_override", "read_yaml"]
-
-Key = str | int
-Lines = dict[tuple[Key, ...], str]
-"""Where each value stands: ``file:line``, or the command line's own words."""
-
-
-def read_yaml(path: Path) -> tuple[dict[str, Any], Lines]:
-    """The file's values, and the place of each.
-
-    Raises:
-        ConfigError: if it cannot be read, is no YAML mapping, or gives a key twice.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no valid YAML: {error}") from error
-    if not isinstance(value, dict):
-        raise ConfigError(
-            f"{path} must hold 'stream:', 'model:', 'methods:' and so on, not "
-            f"{type(value).__name__}; `stockpot run --help` shows an example"
-        )
-    try:
-        return value, dict(_places(root, (), path))
-    except RecursionError as error:
-        raise ConfigError(f"{path} refers to itself by an alias") from error
-
-
-def _places(node: Any, at: tuple[Key, ...], path: Path) -> Iterator[tuple[tuple[Key, ...], str]]:
-    yield at, f"{path}:{node.start_mark.line + 1}"
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, child in node.value:
-            where = f"{path}:{key.start_mark.line + 1}"
-            if key.value in seen:
-                raise ConfigError(f"{where}: {_dotted((*at, key.value))} is given twice")
-            seen.add(key.value)
-            yield from _places(child, (*at, key.value), path)
-            yield (*at, key.value), where
-    elif isinstance(node, yaml.SequenceNode):
-        for number, child in enumerate(node.value):
-            yield from _places(child, (*at, number), path)
-
-
-def _dotted(at: tuple[Key, ...]) -> str:
-    return ".".join(str(key) for key in at)
+__all__ = ["apply_override"]
 
 
 def apply_override(values: dict[str, Any], places: Lines, override: str) -> None:

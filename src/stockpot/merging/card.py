@@ -1,0 +1,64 @@
+"""What a merged folder says about itself: a model card, and the recipe that makes it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from stockpot import __version__
+from stockpot.merging.plan import MergePlan
+from stockpot.merging.recipe import MergeRecipe, Point
+from stockpot.merging.settings import METHODS
+
+__all__ = ["model_card", "recipe_text"]
+
+
+def _recipe_of(recipe: MergeRecipe, point: Point) -> dict[str, Any]:
+    """The recipe of one point: that of a sweep has it as its parameters."""
+    values = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"sweep"})
+    values["parameters"] = point.method.model_dump(mode="json")
+    return {key: value for key, value in values.items() if value != {}}
+
+
+def recipe_text(recipe: MergeRecipe, point: Point) -> str:
+    """The recipe as YAML, for ``stockpot merge merge.yaml -o FOLDER``."""
+    return yaml.safe_dump(_recipe_of(recipe, point), sort_keys=False, allow_unicode=True)
+
+
+def model_card(
+    plan: MergePlan, point: Point, hashes: Mapping[Path, str], notes: Sequence[str]
+) -> str:
+    """README.md with the front matter that the hub reads."""
+    kind = METHODS[plan.recipe.method]
+    ids = [each.source for each in plan.inputs if _is_hub_id(each.source)]
+    head: dict[str, Any] = {"tags": ["merge", "stockpot"]}
+    if ids:
+        head["base_model"] = ids
+    lines = [
+        "---",
+        yaml.safe_dump(head, sort_keys=False).strip(),
+        "---",
+        "",
+        f"# A merge by {kind.name}",
+        "",
+        f"Made with stockpot {__version__}. {kind.__doc__ or ''} ({kind.reference})",
+        "",
+        "| input | file | SHA-256 |",
+        "|---|---|---|",
+    ]
+    for checkpoint in plan.inputs:
+        for path in checkpoint.files:
+            lines.append(f"| {checkpoint.source} | {path.name} | {hashes.get(path, 'not taken')} |")
+    lines += ["", "```yaml", recipe_text(plan.recipe, point).strip(), "```"]
+    remarks = [*plan.notes, *notes]
+    if remarks:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in remarks)]
+    return "\n".join(lines) + "\n"
+
+
+def _is_hub_id(source: str) -> bool:
+    local = source.startswith((".", "/", "~")) or Path(source).exists()
+    return source.count("/") == 1 and not local

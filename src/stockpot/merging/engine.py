@@ -1,0 +1,511 @@
+"""Merging files of any size in little memory, on all cores, with the same bytes every time.
+
+The output is cut into units: some hundred thousand consecutive elements of one tensor. Workers take
+them in file order; for each they read the same elements of every input, apply the formula in
+float32, round once, and write the result where it belongs. What a formula has to know of a whole
+tensor or model first is surveyed in a pass before, over a window of tensors that the system still
+has in its cache afterwards, or over everything where the rule looks at the whole model.
+
+No result depends on which worker does what or on where tensors are cut: parts begin at multiples
+of a block, sums over a tensor are exact, and draws are keyed by name.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stockpot.errors import NonFiniteError
+from stockpot.files import read_json, write_json
+from stockpot.merging.checkpoint import CheckpointError
+from stockpot.merging.dtypes import torch_dtype
+from stockpot.merging.formulas import Facts, Notes, Part, Rule
+from stockpot.merging.hashing import Hasher
+from stockpot.merging.in_memory import check_norms, vectors_of
+from stockpot.merging.output import ModelFolder
+from stockpot.merging.plan import Entry, MergePlan
+from stockpot.merging.reading import Reader, as_bytes
+from stockpot.merging.survey import (
+    BLOCK,
+    InnerProducts,
+    OrderStatistics,
+    kth_smallest_magnitude,
+    sample_places,
+)
+
+__all__ = ["Engine", "Unit"]
+
+_WINDOW_BYTES = 256 << 20
+_KEEP_SECONDS = 2.0
+
+Progress = Callable[[str, int], None]
+"""Called with a phase (``survey``, ``merge``) and bytes of input read since the last call."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Elements ``start`` to ``stop`` of one entry."""
+
+    entry: int
+    start: int
+    stop: int
+
+
+@dataclass
+class _Ledger:
+    """What is done, kept on the disk now and then so that a stopped merge goes on."""
+
+    plan: str
+    chunk: int
+    done: int = 0
+    """Units before this one are on the disk."""
+    facts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """By the first unit of a window: what was surveyed, for each point."""
+    balance: list[int] = field(default_factory=list)
+    """Per point: of the units before ``done``."""
+    undecided: list[list[int]] = field(default_factory=list)
+
+
+class Engine:
+    """One merge of a plan into staging folders, one per point.
+
+    Args:
+        plan: what to merge.
+        outputs: one per point of the plan.
+        staging: folder for the ledger.
+        threads: workers; each computes on one core.
+        chunk: elements of a unit, rounded up to a multiple of 4,096.
+        device: where to compute.
+        hasher: hashes the inputs meanwhile; what it finds stops the merge.
+        progress: is told about bytes.
+    """
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        outputs: Sequence[ModelFolder],
+        staging: Path,
+        threads: int,
+        chunk: int,
+        device: str = "cpu",
+        hasher: Hasher | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        self._plan = plan
+        self._outputs = outputs
+        self._state_path = staging / "merge-state.json"
+        self._threads = threads
+        self._chunk = max(BLOCK, -(-chunk // BLOCK) * BLOCK)
+        self._hasher = hasher
+        self._progress = progress or (lambda phase, count: None)
+        self._rules = [point.method.rule(plan.context) for point in plan.points]
+        self._units = list(_units(plan.entries, self._chunk))
+        self._reader = Reader(
+            [path for checkpoint in plan.inputs for path in checkpoint.files],
+            torch_dtype(plan.wide),
+            torch.device(device),
+        )
+        self._copied_unlike: set[str] = set()
+        self._notes: dict[int, list[Notes]] = {}
+        self._running: set[int] = set()
+        self._lock = threading.Lock()
+
+    def run(self) -> list[str]:
+        """Merge everything that is not on the disk yet; returns notes for the user.
+
+        Raises:
+            StockpotError: for inputs or results that are not finite, a full disk, and damage.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # one core per worker; formulas in parallel, not within
+        try:
+            with torch.inference_mode():
+                self._run()
+        finally:
+            torch.set_num_threads(threads)
+            self._reader.close()
+        return [
+            f"{name} is not floating and differs between the models: taken from the last"
+            for name in sorted(self._copied_unlike)
+        ]
+
+    def _run(self) -> None:
+        ledger = self._open_ledger()
+        keeper = _Keeper(lambda: self._keep(ledger))
+        with keeper:
+            for first, last in self._windows():
+                if last <= ledger.done:
+                    continue
+                self._merge_window(first, last, ledger)
+            self._settle_majority(ledger)
+
+    def _open_ledger(self) -> _Ledger:
+        fingerprint = self._plan.fingerprint()
+        fresh = _Ledger(
+            fingerprint,
+            self._chunk,
+            balance=[0] * len(self._rules),
+            undecided=[[] for _ in self._rules],
+        )
+        if not self._state_path.is_file():
+            return fresh
+        ledger = _Ledger(**read_json(self._state_path))
+        return ledger if (ledger.plan, ledger.chunk) == (fingerprint, self._chunk) else fresh
+
+    def _windows(self) -> Iterator[tuple[int, int]]:
+        """Ranges of units that are surveyed and then merged."""
+        if any(rule.passes_over_whole_model for rule in self._rules):
+            yield 0, len(self._units)
+            return
+        first = size = 0
+        for number, unit in enumerate(self._units):
+            entry = self._plan.entries[unit.entry]
+            # A window ends with a tensor: what is surveyed is a tensor at least.
+            if unit.start == 0 and size >= _WINDOW_BYTES:
+                yield first, number
+                first, size = number, 0
+            size += _bytes_of(entry, unit)
+        yield first, len(self._units)
+
+    def _merge_window(self, first: int, last: int, ledger: _Ledger) -> None:
+        facts = self._facts(first, last, ledger)
+        self._each(range(max(first, ledger.done), last), lambda n: self._merge(n, facts))
+        if len(self._units) > last - first:  # a window of many; that of a whole model is kept
+            with self._lock:
+                ledger.facts.pop(str(first), None)
+
+    # Units.
+
+    def _each(self, numbers: Iterable[int], work: Callable[[int], None]) -> None:
+        """Do some work for each number, on all workers, in order; the first failure stops all."""
+        pending = iter(numbers)
+        failures: list[BaseException] = []
+
+        def worker() -> None:
+            with torch.inference_mode():
+                while not failures:
+                    with self._lock:
+                        number = next(pending, None)
+                        if number is None:
+                            return
+                        self._running.add(number)
+                    try:
+                        if self._hasher is not None:
+                            self._hasher.check()
+                        work(number)
+                    except BaseException as error:
+                        failures.append(error)
+                        return
+                    with self._lock:
+                        self._running.discard(number)
+
+        workers = [threading.Thread(target=worker, daemon=True) for _ in range(self._threads)]
+        for each in workers:
+            each.start()
+        try:
+            for each in workers:
+                each.join()
+        except BaseException as error:  # Ctrl-C: workers end with their units
+            failures.append(error)
+            for each in workers:
+                each.join()
+        if failures:
+            raise failures[0]
+
+    def _merge(self, number: int, facts: Sequence[Facts]) -> None:
+        unit = self._units[number]
+        entry = self._plan.entries[unit.entry]
+        notes = [Notes() for _ in self._rules]
+        if entry.copied:
+            self._copy(unit, entry)
+        else:
+            # What was surveyed has been looked at.
+            fresh = not any(known.thresholds or known.products for known in facts)
+            part = self._reader.part(entry, unit.start, unit.stop, check=fresh)
+            for rule, known, note, output in zip(
+                self._rules, facts, notes, self._outputs, strict=True
+            ):
+                merged = rule.blend(part, known, note)
+                if note.problem is not None:
+                    raise CheckpointError(f"tensor {entry.name!r}: {note.problem}")
+                self._write(output, unit, entry, merged)
+        with self._lock:
+            self._notes[number] = notes
+        self._progress("merge", _bytes_of(entry, unit))
+
+    def _copy(self, unit: Unit, entry: Entry) -> None:
+        kept = bytes(self._reader.raw(entry.models[-1], unit.start, unit.stop))
+        for source in (*((entry.base,) if entry.base else ()), *entry.models[:-1]):
+            if bytes(self._reader.raw(source, unit.start, unit.stop)) != kept:
+                with self._lock:
+                    self._copied_unlike.add(entry.name)
+        for output in self._outputs:
+            output.write(unit.entry, unit.start * entry.models[-1].itemsize, memoryview(kept))
+
+    def _write(self, output: ModelFolder, unit: Unit, entry: Entry, merged: Tensor) -> None:
+        result = merged.to(torch_dtype(entry.dtype)).cpu()
+        if result.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(result))).all()):
+            raise NonFiniteError(
+                f"tensor {entry.name!r}: merged values overflow {entry.dtype}; lower the scale or "
+                "the weights, or merge in a wider --dtype"
+            )
+        data = as_bytes(result)
+        output.write(unit.entry, unit.start * result.element_size(), data)
+
+    # Surveys.
+
+    def _facts(self, first: int, last: int, ledger: _Ledger) -> list[Facts]:
+        known = ledger.facts.get(str(first))
+        if known is not None:
+            return [Facts(**each) for each in known]
+        surveys: dict[Any, Survey] = {}
+        for rule in self._rules:
+            key = (rule.products_of, rule.passes_over_whole_model, rule.ranks(1 << 53))
+            if key not in surveys:
+                surveys[key] = Survey(rule, self._plan.entries, self._units[first:last])
+        facts = []
+        needed = [survey for survey in surveys.values() if survey.needed]
+        if needed:
+            self._survey(needed, first, last)
+        with ThreadPoolExecutor(self._threads) as pool:
+            for rule in self._rules:
+                key = (rule.products_of, rule.passes_over_whole_model, rule.ranks(1 << 53))
+                facts.append(surveys[key].facts(pool, self._parts))
+        if needed:
+            with self._lock:
+                ledger.facts[str(first)] = [asdict(each) for each in facts]
+            self._reader.rewind()
+        return facts
+
+    def _survey(self, surveys: Sequence[Survey], first: int, last: int) -> None:
+        entries = sorted({unit.entry for unit in self._units[first:last]})
+        entries = [number for number in entries if not self._plan.entries[number].copied]
+        if any(survey.ranked for survey in surveys):
+            self._each(entries, lambda number: self._sample(surveys, number))
+            self._reader.rewind()
+
+        def look(number: int) -> None:
+            unit = self._units[number]
+            entry = self._plan.entries[unit.entry]
+            if entry.copied:
+                return
+            part = self._reader.part(entry, unit.start, unit.stop)
+            for survey in surveys:
+                survey.add(part)
+            self._progress("survey", _bytes_of(entry, unit))
+
+        with ThreadPoolExecutor(self._threads) as pool:
+            for survey in surveys:
+                survey.begin(pool)
+        self._each(range(first, last), look)
+
+    def _sample(self, surveys: Sequence[Survey], number: int) -> None:
+        entry = self._plan.entries[number]
+        for survey in surveys:
+            if survey.ranked:
+                for start, stop in sample_places(entry.numel, survey.elements_of(entry.name)):
+                    survey.sample(self._reader.part(entry, start, stop))
+
+    def _parts(self, names: set[str]) -> Iterator[Part]:
+        """All parts of some tensors, one by one."""
+        for unit in self._units:
+            entry = self._plan.entries[unit.entry]
+            if entry.name in names and not entry.copied:
+                yield self._reader.part(entry, unit.start, unit.stop)
+
+    def _settle_majority(self, ledger: _Ledger) -> None:
+        """Merge once more the few units in which a coordinate waited for the majority's sign."""
+        self._account(ledger, len(self._units))
+        assumed = Facts().majority
+        for number, rule in enumerate(self._rules):
+            balance = ledger.balance[number]
+            majority = (balance > 0) - (balance < 0)
+            redo = ledger.undecided[number] if majority != assumed else []
+            if not redo:
+                continue
+            self._reader.rewind()
+            facts = {}
+            for first, last in self._windows():
+                if any(first <= unit < last for unit in redo):
+                    found = self._facts(first, last, ledger)[number]
+                    found.majority = majority
+                    facts.update(dict.fromkeys(range(first, last), found))
+
+            def again(
+                unit_number: int,
+                rule: Rule = rule,
+                facts: dict[int, Facts] = facts,
+                output: ModelFolder = self._outputs[number],
+            ) -> None:
+                unit = self._units[unit_number]
+                entry = self._plan.entries[unit.entry]
+                part = self._reader.part(entry, unit.start, unit.stop)
+                merged = rule.blend(part, facts[unit_number], Notes())
+                self._write(output, unit, entry, merged)
+
+            self._each(redo, again)
+
+    # The ledger.
+
+    def _account(self, ledger: _Ledger, upto: int) -> None:
+        """Move the notes of finished units into the ledger."""
+        with self._lock:
+            for number in sorted(self._notes):
+                if number >= upto:
+                    break
+                for point, notes in enumerate(self._notes.pop(number)):
+                    ledger.balance[point] += notes.balance
+                    if notes.undecided:
+                        ledger.undecided[point].append(number)
+            ledger.done = max(ledger.done, upto)
+
+    def _keep(self, ledger: _Ledger) -> None:
+        """Bring finished units onto the disk, then write down that they are there."""
+        with self._lock:
+            # All units before the first that is running or not yet taken are finished.
+            upto = ledger.done
+            while upto in self._notes and upto not in self._running:
+                upto += 1
+        for output in self._outputs:
+            output.flush()
+        self._account(ledger, upto)
+        with self._lock:
+            kept = asdict(ledger)
+        write_json(self._state_path, kept)
+
+
+class Survey:
+    """What one rule must know about a window of units."""
+
+    def __init__(self, rule: Rule, entries: Sequence[Entry], units: Sequence[Unit]) -> None:
+        self._rule = rule
+        self._global = rule.passes_over_whole_model
+        numbers = sorted({unit.entry for unit in units})
+        floating = [entries[number] for number in numbers if not entries[number].copied]
+        self._sizes: dict[str, int] = {}
+        self._members: dict[str, set[str]] = {}
+        for entry in floating:
+            scope = self._scope(entry.name)
+            self._sizes[scope] = self._sizes.get(scope, 0) + entry.numel
+            self._members.setdefault(scope, set()).add(entry.name)
+        self._models = len(floating[0].models) if floating else 0
+        self._ranks = {scope: rule.ranks(size) for scope, size in self._sizes.items()}
+        self.ranked = any(self._ranks.values())
+        self.needed = bool(floating) and (self.ranked or rule.products_of is not None)
+        self._samples: dict[tuple[int, str], list[np.ndarray]] = {}
+        self._orders: dict[tuple[int, str], OrderStatistics] = {}
+        self._products: dict[str, InnerProducts] = {
+            scope: InnerProducts() for scope in self._sizes if rule.products_of is not None
+        }
+
+    def _scope(self, name: str) -> str:
+        return "" if self._global else name
+
+    def elements_of(self, name: str) -> int:
+        """Length of the vector that a tensor belongs to."""
+        return self._sizes[self._scope(name)]
+
+    def sample(self, part: Part) -> None:
+        """Take in some places of a tensor."""
+        for model, delta in enumerate(part.deltas()):
+            magnitudes = delta.abs_().cpu().numpy()
+            self._samples.setdefault((model, self._scope(part.name)), []).append(magnitudes)
+
+    def begin(self, pool: Executor) -> None:
+        """The sample is complete."""
+
+        def order(item: tuple[tuple[int, str], list[np.ndarray]]) -> OrderStatistics:
+            (_, scope), parts = item
+            sample = np.concatenate(parts)
+            return OrderStatistics(self._sizes[scope], self._ranks[scope], sample)
+
+        items = [item for item in self._samples.items() if self._ranks[item[0][1]]]
+        self._orders = dict(zip((key for key, _ in items), pool.map(order, items), strict=True))
+        self._samples.clear()
+
+    def add(self, part: Part) -> None:
+        """Take in a part; every part once, in any order, from any thread."""
+        scope = self._scope(part.name)
+        if (kind := self._rule.products_of) is not None:
+            self._products[scope].add(vectors_of(kind, part), diagonal=kind == "fishers")
+        if self._ranks[scope]:
+            for model, delta in enumerate(part.deltas()):
+                self._orders[model, scope].add(delta.abs_().cpu().numpy())
+
+    def facts(self, pool: Executor, parts: Callable[[set[str]], Iterator[Part]]) -> Facts:
+        """The result; what a sample misjudged is found by reading its tensors again."""
+        facts = Facts(thresholds=[{key: [] for key in self._sizes} for _ in range(self._models)])
+        found = pool.map(lambda key: self._orders[key].result(), self._orders)
+        for (model, scope), magnitudes in zip(self._orders, found, strict=True):
+            facts.thresholds[model][scope] = (
+                self._thresholds(model, scope, parts) if magnitudes is None else magnitudes
+            )
+        for scope in self._sizes:
+            if scope in self._products:
+                facts.products[scope] = self._products[scope].matrix(self._models)
+                try:
+                    check_norms(self._rule, facts.products[scope])
+                except ValueError as error:
+                    raise CheckpointError(str(error)) from error
+        return facts
+
+    def _thresholds(
+        self, model: int, scope: str, parts: Callable[[set[str]], Iterator[Part]]
+    ) -> list[float]:
+        """By radix, which needs no sample but reads two times or more."""
+
+        def vectors() -> Iterator[Tensor]:
+            for part in parts(self._members[scope]):
+                assert part.base is not None
+                yield part.models[model] - part.base
+
+        return [kth_smallest_magnitude(vectors, rank) for rank in self._ranks[scope]]
+
+
+class _Keeper(threading.Thread):
+    """Calls a function every few seconds until its block ends; its failure ends the block's."""
+
+    def __init__(self, keep: Callable[[], None]) -> None:
+        super().__init__(daemon=True)
+        self._keep = keep
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        while not self._ended.wait(_KEEP_SECONDS):
+            try:
+                self._keep()
+            except BaseException as error:
+                self._error = error
+                return
+
+    def __enter__(self) -> _Keeper:
+        self.start()
+        return self
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        self._ended.set()
+        self.join()
+        if value is None and self._error is not None:
+            raise self._error
+        if isinstance(value, KeyboardInterrupt):
+            self._keep()
+
+
+def _units(entries: Sequence[Entry], chunk: int) -> Iterator[Unit]:
+    for number, entry in enumerate(entries):
+        # Copied tensors may be large: bytes in pieces, too.
+        for start in range(0, max(1, entry.numel), chunk):
+            yield Unit(number, start, min(start + chunk, entry.numel))
+
+
+def _bytes_of(entry: Entry, unit: Unit) -> int:
+    return sum(info.itemsize for info in entry.sources) * (unit.stop - unit.start)

@@ -1,0 +1,305 @@
+"""Merging checkpoints on disk: from a recipe to a folder that loads.
+
+Everything is checked before tensor data is read; the result is made in a hidden folder beside its
+place and takes its name when it is complete, on the disk and verified. A merge that is stopped goes
+on where it was when it is started again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stockpot import __version__
+from stockpot.errors import ConfigError, StockpotError
+from stockpot.files import exclusive
+from stockpot.merging.card import model_card, recipe_text
+from stockpot.merging.checkpoint import Checkpoint, CheckpointError
+from stockpot.merging.hashing import Hasher
+from stockpot.merging.output import ModelFolder, publish, refuse_existing, staging_of
+from stockpot.merging.plan import MergePlan, make_plan
+from stockpot.merging.recipe import Input, MergeRecipe, make_recipe
+
+if TYPE_CHECKING:
+    from stockpot.merging.engine import Progress
+
+__all__ = ["MergeResult", "Settings", "merge", "merge_recipe"]
+
+DEFAULT_CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a merge is done, not what comes out: the bytes are the same for all."""
+
+    threads: int | None = None
+    """Workers; None: as many as the process may use cores."""
+    chunk: int = DEFAULT_CHUNK
+    """Elements that a worker holds of each input at a time."""
+    device: str = "cpu"
+    shard_bytes: int = 5_000_000_000
+    """Largest output file; this does change how tensors are spread over files."""
+    hash_inputs: bool = True
+    """Hash all inputs for the record. Hashes that the recipe states are always checked."""
+    overwrite: bool = False
+
+    @property
+    def workers(self) -> int:
+        """Number of threads."""
+        return self.threads or len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What a merge wrote."""
+
+    folder: Path
+    outputs: tuple[Path, ...]
+    """One folder per point of a sweep; the folder itself without one."""
+    tensors: int
+    elements: int
+    bytes_written: int
+    bytes_read: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    """SHA-256 of the input files, by path."""
+
+
+def merge(
+    method: str,
+    models: list[str | Mapping[str, Any]],
+    output: str | os.PathLike[str],
+    *,
+    base: str | None = None,
+    weights: list[float] | None = None,
+    weights_by_name: Mapping[str, list[float]] | None = None,
+    fishers: list[str] | None = None,
+    dtype: str | None = None,
+    missing: str = "error",
+    tokenizers: str = "same",
+    sweep: Mapping[str, list[Any]] | None = None,
+    settings: Settings | None = None,
+    progress: Progress | None = None,
+    **parameters: Any,
+) -> MergeResult:
+    """Merge checkpoints on disk into a new folder.
+
+    Args:
+        method: one of `stockpot.merging.settings.METHODS`, such as ``"ties"``.
+        models: folders, safetensors files or hub ids, or mappings as in a recipe.
+        output: the folder to write; it must not exist yet, unless the settings allow it.
+        base: the model that the others were tuned from.
+        weights: one number per model, 1 each by default.
+        weights_by_name: for tensors whose names match a pattern, one weight per model.
+        fishers: one file of Fisher values per model.
+        dtype: of the output, such as ``"bfloat16"``; default: as in the base or the first model.
+        missing: what to do about tensors that only some inputs have.
+        tokenizers: ``"any"`` merges models of different vocabularies all the same.
+        sweep: settings with several values; each point becomes a folder in ``output``.
+        settings: threads, memory, device.
+        progress: called with a phase and the bytes read since the last call.
+        parameters: the method's own settings, such as ``density=0.2``.
+
+    Raises:
+        ConfigError: for settings that cannot be used.
+        StockpotError: for inputs that cannot be merged, and for a full disk.
+    """
+    inputs: list[dict[str, Any]] = [
+        {"model": os.fspath(model)} if not isinstance(model, Mapping) else dict(model)
+        for model in models
+    ]
+    for label, values in (("weight", weights), ("fisher", fishers)):
+        if values is None:
+            continue
+        if len(values) != len(inputs):
+            raise ConfigError(f"{label}s: has {len(values)} entries for {len(inputs)} models")
+        for entry, value in zip(inputs, values, strict=True):
+            entry[label] = value
+    recipe = make_recipe(
+        {
+            "method": method,
+            "base": None if base is None else {"model": os.fspath(base)},
+            "models": inputs,
+            "parameters": parameters,
+            "weights": dict(weights_by_name or {}),
+            "sweep": dict(sweep or {}),
+            "dtype": dtype,
+            "missing": missing,
+            "tokenizers": tokenizers,
+        }
+    )
+    return merge_recipe(recipe, Path(output), settings or Settings(), progress)
+
+
+def merge_recipe(
+    recipe: MergeRecipe,
+    output: Path,
+    settings: Settings,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge by a recipe; see `merge`."""
+    began = time.monotonic()
+    output = Path(os.path.abspath(output))
+    refuse_existing(output, settings.overwrite)
+    if recipe.method == "lora":
+        from stockpot.merging.adapters import merge_adapters
+
+        return merge_adapters(recipe, output, settings, progress)
+    plan = make_plan(recipe)
+    for path in {path for checkpoint in plan.inputs for path in checkpoint.files}:
+        if output in path.resolve().parents:
+            raise StockpotError(f"{path} is an input; write to another folder than {output}")
+    hasher = start_hashing(plan.recipe, plan.inputs, settings, progress)
+    staging = staging_of(output)
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        with exclusive(staging):
+            notes, written = _make(plan, staging, settings, hasher, progress)
+            hashes = hasher.result() if hasher else {}
+            (staging / "merge-state.json").unlink(missing_ok=True)
+            (staging / ".lock").unlink()
+            publish(staging, output)
+    finally:
+        if hasher is not None:
+            hasher.stop()
+    return MergeResult(
+        folder=output,
+        outputs=tuple(output / point.name for point in plan.points),
+        tensors=len(plan.entries),
+        elements=sum(entry.numel for entry in plan.entries),
+        bytes_written=written,
+        bytes_read=sum(info.nbytes for entry in plan.entries for info in entry.sources),
+        seconds=time.monotonic() - began,
+        notes=(*plan.notes, *notes),
+        hashes={str(path): digest for path, digest in hashes.items()},
+    )
+
+
+def _make(
+    plan: MergePlan,
+    staging: Path,
+    settings: Settings,
+    hasher: Hasher | None,
+    progress: Progress | None,
+) -> tuple[list[str], int]:
+    """Fill the staging folder."""
+    outputs = output_folders(plan, staging, settings.shard_bytes, None)
+    state = staging / "merge-state.json"
+    if state.is_file() and not _goes_on(state, plan):
+        shutil.rmtree(staging)
+        staging.mkdir()
+    for each in outputs:
+        each.open()
+    try:
+        from stockpot.merging.engine import Engine
+
+        engine = Engine(
+            plan,
+            outputs,
+            staging,
+            settings.workers,
+            settings.chunk,
+            settings.device,
+            hasher,
+            progress,
+        )
+        before = plan.fingerprint()
+        notes = engine.run()
+        hashes = hasher.result() if hasher else {}
+        if plan.fingerprint() != before:
+            raise StockpotError("an input was changed while it was merged; nothing was kept")
+        for number, each in enumerate(outputs):
+            each.finish(metadata_of(plan, number, hashes))
+            each.copy_companions(plan.donor, plan.config_changes, plan.recipe.dtype)
+            each.write_text("merge.yaml", recipe_text(plan.recipe, plan.points[number]))
+            each.write_text("README.md", model_card(plan, plan.points[number], hashes, notes))
+    finally:
+        for each in outputs:
+            each.close()
+    return notes, sum(each.nbytes for each in outputs)
+
+
+def _goes_on(state: Path, plan: MergePlan) -> bool:
+    try:
+        return bool(json.loads(state.read_text())["plan"] == plan.fingerprint())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def output_folders(
+    plan: MergePlan, folder: Path, shard_bytes: int, hashes: Mapping[Path, str] | None
+) -> list[ModelFolder]:
+    """One folder per point, laid out but not yet on the disk."""
+    return [
+        ModelFolder(
+            folder / point.name, plan.entries, shard_bytes, metadata_of(plan, number, hashes)
+        )
+        for number, point in enumerate(plan.points)
+    ]
+
+
+def metadata_of(plan: MergePlan, number: int, hashes: Mapping[Path, str] | None) -> dict[str, str]:
+    """What stands in the header of each output file; as long without hashes as with them."""
+    files = [
+        {
+            "model": checkpoint.source,
+            "files": {
+                path.name: (hashes or {}).get(path, "0" * 64)  # as long as a hash
+                for path in checkpoint.files
+            },
+        }
+        for checkpoint in plan.inputs
+    ]
+    described = {
+        "version": __version__,
+        "method": plan.recipe.method,
+        "parameters": plan.points[number].method.model_dump(mode="json"),
+        "recipe": plan.recipe.model_dump(mode="json", exclude_defaults=True),
+        "inputs": files,
+    }
+    return {"format": "pt", "stockpot": json.dumps(described)}
+
+
+def start_hashing(
+    recipe: MergeRecipe,
+    checkpoints: tuple[Checkpoint, ...],
+    settings: Settings,
+    progress: Progress | None,
+) -> Hasher | None:
+    """Hash what is to be hashed, beside everything else."""
+    stated: dict[Path, str] = {}
+    for given in (*((recipe.base,) if recipe.base else ()), *recipe.models):
+        if given.sha256 is not None:
+            checkpoint = next(each for each in checkpoints if each.source == given.model)
+            stated |= _stated(given, checkpoint)
+    paths = [path for checkpoint in checkpoints for path in checkpoint.files]
+    if not settings.hash_inputs:
+        paths = [path for path in paths if path in stated]
+    if not paths:
+        return None
+    hasher = Hasher(paths, stated, progress and (lambda count: progress("hash", count)))
+    hasher.start()
+    return hasher
+
+
+def _stated(given: Input, checkpoint: Checkpoint) -> dict[Path, str]:
+    by_name = {path.name: path for path in checkpoint.files}
+    if isinstance(given.sha256, str):
+        if len(by_name) != 1:
+            raise ConfigError(
+                f"sha256 of {given.model}: it has {len(by_name)} files; state one hash for each, "
+                "by its name"
+            )
+        return {checkpoint.files[0]: given.sha256}
+    assert given.sha256 is not None
+    for name in given.sha256:
+        if name not in by_name:
+            raise CheckpointError(f"sha256 of {given.model}: it has no file {name!r}")
+    return {by_name[name]: digest for name, digest in given.sha256.items()}

@@ -1,0 +1,253 @@
+"""Writing a merged model: laid out from the headers, filled in place, published in one step.
+
+The sizes of all tensors are known before the first is computed, so that output files get their
+final size at once (a full disk is noticed before any work) and parts are written where they belong,
+in any order. Everything happens in a staging folder beside the output's place, which takes its name
+when all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stockpot.errors import StockpotError
+from stockpot.files import space_errors, write_json, write_text
+from stockpot.merging.checkpoint import Checkpoint, open_checkpoint
+from stockpot.merging.dtypes import BYTES
+from stockpot.merging.plan import Entry
+
+__all__ = ["ModelFolder", "publish", "refuse_existing", "staging_of"]
+
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    entries: tuple[int, ...]
+    offsets: dict[int, int]
+    """Of each entry's first byte, from the end of the header."""
+    nbytes: int
+
+
+class ModelFolder:
+    """One merged model in the making."""
+
+    def __init__(
+        self, folder: Path, entries: Sequence[Entry], shard_bytes: int, metadata: Mapping[str, str]
+    ) -> None:
+        self.folder = folder
+        self._entries = entries
+        self._metadata = metadata
+        self._shards = _layout(folder, entries, shard_bytes)
+        self._shard_of = {i: shard for shard in self._shards for i in shard.entries}
+        self._headers = {shard.path: self._header(shard, metadata) for shard in self._shards}
+        self._files: dict[Path, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files with weights."""
+        return sum(shard.nbytes + len(self._headers[shard.path]) for shard in self._shards)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files with weights."""
+        return [shard.path.name for shard in self._shards]
+
+    def _header(self, shard: _Shard, metadata: Mapping[str, str]) -> bytes:
+        described: dict[str, Any] = {"__metadata__": dict(metadata)}
+        for i in shard.entries:
+            entry, begin = self._entries[i], shard.offsets[i]
+            size = entry.numel * BYTES[entry.dtype]
+            described[entry.name] = {
+                "dtype": entry.dtype,
+                "shape": list(entry.shape),
+                "data_offsets": [begin, begin + size],
+            }
+        text = json.dumps(described, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def open(self) -> None:
+        """Create the files at their final sizes, or open those of a stopped merge.
+
+        Raises:
+            DiskFullError: if they do not fit.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for shard in self._shards:
+            header = self._headers[shard.path]
+            with space_errors(shard.path):
+                descriptor = os.open(shard.path, os.O_RDWR | os.O_CREAT, 0o644)
+                self._files[shard.path] = descriptor
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, max(1, len(header) + shard.nbytes))
+                os.truncate(descriptor, len(header) + shard.nbytes)
+                os.pwrite(descriptor, header, 0)
+
+    def write(self, index: int, offset: int, data: memoryview) -> None:
+        """Write bytes of a tensor, ``offset`` bytes from its start; any thread, any order."""
+        shard = self._shard_of[index]
+        place = len(self._headers[shard.path]) + shard.offsets[index] + offset
+        with space_errors(shard.path):
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._files[shard.path], data[done:], place + done)
+
+    def flush(self) -> None:
+        """Bring what was written onto the disk."""
+        for path, descriptor in list(self._files.items()):
+            with space_errors(path):
+                os.fdatasync(descriptor)
+
+    def close(self) -> None:
+        """Close the files."""
+        for descriptor in self._files.values():
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
+        self._files.clear()
+
+    def finish(self, metadata: Mapping[str, str]) -> None:
+        """Write the final metadata, of the length of the provisional, and the index; verify.
+
+        Raises:
+            StockpotError: if what is on the disk is not what was to be written.
+        """
+        for shard in self._shards:
+            header = self._header(shard, metadata)
+            assert len(header) == len(self._headers[shard.path])
+            with space_errors(shard.path):
+                os.pwrite(self._files[shard.path], header, 0)
+                os.fsync(self._files[shard.path])
+        self.close()
+        if len(self._shards) > 1:
+            weight_map = {
+                self._entries[i].name: shard.path.name
+                for shard in self._shards
+                for i in shard.entries
+            }
+            total = {"total_size": sum(shard.nbytes for shard in self._shards)}
+            write_json(
+                self.folder / "model.safetensors.index.json",
+                {"metadata": total, "weight_map": weight_map},
+            )
+        written = open_checkpoint(self.folder).tensors
+        expected = {entry.name: (entry.dtype, entry.shape) for entry in self._entries}
+        if {name: (info.dtype, info.shape) for name, info in written.items()} != expected:
+            raise StockpotError(f"{self.folder} does not hold what was written; nothing was kept")
+
+    def copy_companions(
+        self, donor: Checkpoint, changes: Mapping[str, Any], dtype: str | None
+    ) -> None:
+        """config, generation config and tokenizer, from the one input that gives them."""
+        if donor.single_file:
+            return
+        if donor.config:
+            config = {**donor.config, **changes}
+            if dtype is not None:
+                config.pop("torch_dtype", None)
+                config["dtype"] = dtype
+            write_json(self.folder / "config.json", config)
+        for name in _COPIED:
+            if (donor.folder / name).is_file():
+                with space_errors(self.folder / name):
+                    shutil.copyfile(donor.folder / name, self.folder / name)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Add a small file."""
+        write_text(self.folder / name, text)
+
+
+def _layout(folder: Path, entries: Sequence[Entry], shard_bytes: int) -> list[_Shard]:
+    """Entries in their order, a new file where the next would exceed ``shard_bytes``."""
+    groups: list[list[int]] = [[]]
+    size = 0
+    for i, entry in enumerate(entries):
+        nbytes = entry.numel * BYTES[entry.dtype]
+        if groups[-1] and size + nbytes > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(i)
+        size += nbytes
+    shards = []
+    for number, group in enumerate(groups, start=1):
+        name = (
+            "model.safetensors"
+            if len(groups) == 1
+            else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        )
+        # Wider numbers first, so that each tensor starts at a multiple of its own width.
+        ordered = sorted(group, key=lambda i: -BYTES[entries[i].dtype])
+        offsets: dict[int, int] = {}
+        end = 0
+        for i in ordered:
+            offsets[i] = end
+            end += entries[i].numel * BYTES[entries[i].dtype]
+        shards.append(_Shard(folder / name, tuple(ordered), offsets, end))
+    return shards
+
+
+def staging_of(output: Path) -> Path:
+    """Where an output is made: beside it, so that it can take its name in one step."""
+    return output.with_name(f".{output.name}.partial")
+
+
+def refuse_existing(output: Path, overwrite: bool) -> None:
+    """Refuse to touch what exists, unless told.
+
+    Raises:
+        StockpotError: if the output exists and ``overwrite`` is False, or it is a file.
+    """
+    if output.is_file() or output.is_symlink():
+        raise StockpotError(f"{output} is a file or a link; give a folder with -o")
+    if not output.exists() or overwrite or not any(output.iterdir()):
+        return
+    raise StockpotError(f"{output} exists and was not touched; --overwrite replaces it")
+
+
+def publish(staging: Path, output: Path) -> None:
+    """Give the finished folder its name; what was there before goes last."""
+    _sync_folder(staging)
+    old = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    try:
+        staging.rename(output)
+    except OSError:
+        if old.exists():
+            old.rename(output)
+        raise
+    _sync_folder(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
