@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -244,8 +245,10 @@ def _recipe(
             raise ConfigError(f"--fisher: given {len(fishers)} times for {len(entries)} models")
         for entry, values in zip(entries, fishers, strict=True):
             entry["fisher"] = values
+    if not entries:
+        raise ConfigError("MODEL: name the models to merge, as in: stockpot merge linear A B -o C")
     base = common["base"]
-    values: dict[str, Any] = {
+    recipe: dict[str, Any] = {
         **common,
         "base": None if base is None else {"model": base},
         "method": what,
@@ -254,9 +257,7 @@ def _recipe(
         "weights": dict(map(_pattern, weights)),
         "sweep": swept,
     }
-    if not entries:
-        raise ConfigError("MODEL: name the models to merge, as in: stockpot merge linear A B -o C")
-    return make_recipe(values), []
+    return make_recipe(recipe), []
 
 
 def _pattern(text: str) -> tuple[str, list[float]]:
@@ -292,9 +293,7 @@ def _settings(
             raise ValueError
     except ValueError as error:
         raise ConfigError(f"--shard-size {shard_size!r}: write a size, as in 5GB") from error
-    if device != "cpu" and not (
-        (device.startswith("cuda") and device[4:].lstrip(":").isdigit()) or device == "cuda"
-    ):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigError(f"--device {device!r}: write cpu, cuda or cuda:0")
     return Settings(threads, chunk or DEFAULT_CHUNK, device, int(size), hash_inputs, overwrite)
 

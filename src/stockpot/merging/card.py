@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from stockpot import __version__
+from stockpot.merging.checkpoint import Checkpoint
 from stockpot.merging.plan import MergePlan
 from stockpot.merging.recipe import MergeRecipe, Point
 from stockpot.merging.settings import METHODS
 
-__all__ = ["model_card", "recipe_text"]
+if TYPE_CHECKING:
+    from stockpot.merging.adapters import Adapter
+
+__all__ = ["adapter_card", "model_card", "recipe_text"]
 
 
 def _recipe_of(recipe: MergeRecipe, point: Point) -> dict[str, Any]:
@@ -32,14 +36,25 @@ def model_card(
     plan: MergePlan, point: Point, hashes: Mapping[Path, str], notes: Sequence[str]
 ) -> str:
     """README.md with the front matter that the hub reads."""
-    kind = METHODS[plan.recipe.method]
     ids = [each.source for each in plan.inputs if _is_hub_id(each.source)]
     head: dict[str, Any] = {"tags": ["merge", "stockpot"]}
     if ids:
         head["base_model"] = ids
+    return _card(head, plan.inputs, plan.recipe, point, hashes, [*plan.notes, *notes])
+
+
+def _card(
+    head: Mapping[str, Any],
+    inputs: Sequence[Checkpoint],
+    recipe: MergeRecipe,
+    point: Point,
+    hashes: Mapping[Path, str],
+    notes: Sequence[str],
+) -> str:
+    kind = METHODS[recipe.method]
     lines = [
         "---",
-        yaml.safe_dump(head, sort_keys=False).strip(),
+        yaml.safe_dump(dict(head), sort_keys=False).strip(),
         "---",
         "",
         f"# A merge by {kind.name}",
@@ -49,14 +64,29 @@ def model_card(
         "| input | file | SHA-256 |",
         "|---|---|---|",
     ]
-    for checkpoint in plan.inputs:
+    for checkpoint in inputs:
         for path in checkpoint.files:
             lines.append(f"| {checkpoint.source} | {path.name} | {hashes.get(path, 'not taken')} |")
-    lines += ["", "```yaml", recipe_text(plan.recipe, point).strip(), "```"]
-    remarks = [*plan.notes, *notes]
-    if remarks:
-        lines += ["", "## Notes", "", *(f"- {note}" for note in remarks)]
+    lines += ["", "```yaml", recipe_text(recipe, point).strip(), "```"]
+    if notes:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in notes)]
     return "\n".join(lines) + "\n"
+
+
+def adapter_card(
+    recipe: MergeRecipe,
+    point: Point,
+    adapters: Sequence[Adapter],
+    hashes: Mapping[Path, str],
+    notes: Sequence[str],
+) -> str:
+    """README.md of an average of adapters."""
+    checkpoints = [adapter.checkpoint for adapter in adapters]
+    base = checkpoints[0].adapter_config.get("base_model_name_or_path")
+    head: dict[str, Any] = {"tags": ["merge", "stockpot"], "library_name": "peft"}
+    if base and _is_hub_id(base):
+        head["base_model"] = base
+    return _card(head, checkpoints, recipe, point, hashes, notes)
 
 
 def _is_hub_id(source: str) -> bool:

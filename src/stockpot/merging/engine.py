@@ -15,36 +15,38 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from stockpot.errors import NonFiniteError
 from stockpot.files import read_json, write_json
+from stockpot.merging.arrays import Array, ops_for
 from stockpot.merging.checkpoint import CheckpointError
-from stockpot.merging.dtypes import torch_dtype
+from stockpot.merging.dtypes import as_bytes, narrow, stored_as, widen
 from stockpot.merging.formulas import Facts, Notes, Part, Rule
 from stockpot.merging.hashing import Hasher
-from stockpot.merging.in_memory import check_norms, vectors_of
 from stockpot.merging.output import ModelFolder
 from stockpot.merging.plan import Entry, MergePlan
-from stockpot.merging.reading import Reader, as_bytes
+from stockpot.merging.reading import Reader
 from stockpot.merging.survey import (
     BLOCK,
     InnerProducts,
     OrderStatistics,
+    check_norms,
     kth_smallest_magnitude,
     sample_places,
+    vectors_of,
 )
 
 __all__ = ["Engine", "Unit"]
 
 _WINDOW_BYTES = 256 << 20
 _KEEP_SECONDS = 2.0
+_GUESSES = 16
+_ALTERNATIVES_BYTES = 64 << 20
 
 Progress = Callable[[str, int], None]
 """Called with a phase (``survey``, ``merge``) and bytes of input read since the last call."""
@@ -72,6 +74,8 @@ class _Ledger:
     balance: list[int] = field(default_factory=list)
     """Per point: of the units before ``done``."""
     undecided: list[list[int]] = field(default_factory=list)
+    majority: list[int] = field(default_factory=list)
+    """Per point: the sign that undecided coordinates take for now."""
 
 
 class Engine:
@@ -110,12 +114,14 @@ class Engine:
         self._units = list(_units(plan.entries, self._chunk))
         self._reader = Reader(
             [path for checkpoint in plan.inputs for path in checkpoint.files],
-            torch_dtype(plan.wide),
-            torch.device(device),
+            stored_as(plan.wide),
+            device,
         )
         self._copied_unlike: set[str] = set()
         self._notes: dict[int, list[Notes]] = {}
         self._running: set[int] = set()
+        self._alternatives: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._alternatives_bytes = 0
         self._lock = threading.Lock()
 
     def run(self) -> list[str]:
@@ -124,13 +130,10 @@ class Engine:
         Raises:
             StockpotError: for inputs or results that are not finite, a full disk, and damage.
         """
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # one core per worker; formulas in parallel, not within
+        _keep_freed_memory()
         try:
-            with torch.inference_mode():
-                self._run()
+            self._run()
         finally:
-            torch.set_num_threads(threads)
             self._reader.close()
         return [
             f"{name} is not floating and differs between the models: taken from the last"
@@ -177,10 +180,11 @@ class Engine:
 
     def _merge_window(self, first: int, last: int, ledger: _Ledger) -> None:
         facts = self._facts(first, last, ledger)
+        if not ledger.majority:
+            ledger.majority = self._guess_majority(facts, first, last)
+        for known, majority in zip(facts, ledger.majority, strict=True):
+            known.majority = majority
         self._each(range(max(first, ledger.done), last), lambda n: self._merge(n, facts))
-        if len(self._units) > last - first:  # a window of many; that of a whole model is kept
-            with self._lock:
-                ledger.facts.pop(str(first), None)
 
     # Units.
 
@@ -190,22 +194,21 @@ class Engine:
         failures: list[BaseException] = []
 
         def worker() -> None:
-            with torch.inference_mode():
-                while not failures:
-                    with self._lock:
-                        number = next(pending, None)
-                        if number is None:
-                            return
-                        self._running.add(number)
-                    try:
-                        if self._hasher is not None:
-                            self._hasher.check()
-                        work(number)
-                    except BaseException as error:
-                        failures.append(error)
+            while not failures:
+                with self._lock:
+                    number = next(pending, None)
+                    if number is None:
                         return
-                    with self._lock:
-                        self._running.discard(number)
+                    self._running.add(number)
+                try:
+                    if self._hasher is not None:
+                        self._hasher.check()
+                    work(number)
+                except BaseException as error:
+                    failures.append(error)
+                    return
+                with self._lock:
+                    self._running.discard(number)
 
         workers = [threading.Thread(target=worker, daemon=True) for _ in range(self._threads)]
         for each in workers:
@@ -237,9 +240,35 @@ class Engine:
                 if note.problem is not None:
                     raise CheckpointError(f"tensor {entry.name!r}: {note.problem}")
                 self._write(output, unit, entry, merged)
+            for point, note in enumerate(notes):
+                if note.undecided is not None:
+                    self._prepare(number, point, part, facts[point], note)
         with self._lock:
             self._notes[number] = notes
         self._progress("merge", _bytes_of(entry, unit))
+
+    def _prepare(self, number: int, point: int, part: Part, facts: Facts, notes: Notes) -> None:
+        """Merge the undecided coordinates with the other sign, in case the majority is that.
+
+        They are few: a second pass over everything for their sake would cost as much as the first.
+        """
+        ops = ops_for(part.models[0])
+        places = np.flatnonzero(ops.to_numpy(notes.undecided) != 0)
+        notes.undecided = places[:0]  # its memory goes; that there were some stays
+        rule = self._rules[point]
+        if rule.positional or self._alternatives_bytes > _ALTERNATIVES_BYTES:
+            return  # the unit is merged anew
+        few = Part(
+            part.name,
+            part.start,
+            part.base[places] if part.base is not None else None,
+            [model[places] for model in part.models],
+        )
+        other = rule.blend(few, replace(facts, majority=-facts.majority), Notes())
+        values = narrow(ops.to_numpy(other), self._plan.entries[self._units[number].entry].dtype)
+        with self._lock:
+            self._alternatives[number, point] = (places.astype(np.int32), values)
+            self._alternatives_bytes += 4 * places.size + values.nbytes
 
     def _copy(self, unit: Unit, entry: Entry) -> None:
         kept = bytes(self._reader.raw(entry.models[-1], unit.start, unit.stop))
@@ -250,15 +279,19 @@ class Engine:
         for output in self._outputs:
             output.write(unit.entry, unit.start * entry.models[-1].itemsize, memoryview(kept))
 
-    def _write(self, output: ModelFolder, unit: Unit, entry: Entry, merged: Tensor) -> None:
-        result = merged.to(torch_dtype(entry.dtype)).cpu()
-        if result.numel() and not bool(torch.isfinite(torch.stack(torch.aminmax(result))).all()):
+    def _write(self, output: ModelFolder, unit: Unit, entry: Entry, merged: Array) -> None:
+        values = ops_for(merged).to_numpy(merged)
+        if not values.size:
+            return
+        # The extremes tell: rounding keeps order, and numpy's pass on NaN.
+        extremes = np.array([values.min(), values.max()])
+        if not np.isfinite(widen(narrow(extremes, entry.dtype), entry.dtype, np.empty(2))).all():
             raise NonFiniteError(
                 f"tensor {entry.name!r}: merged values overflow {entry.dtype}; lower the scale or "
                 "the weights, or merge in a wider --dtype"
             )
-        data = as_bytes(result)
-        output.write(unit.entry, unit.start * result.element_size(), data)
+        result = narrow(values, entry.dtype)
+        output.write(unit.entry, unit.start * result.itemsize, as_bytes(result))
 
     # Surveys.
 
@@ -321,14 +354,39 @@ class Engine:
             if entry.name in names and not entry.copied:
                 yield self._reader.part(entry, unit.start, unit.stop)
 
+    def _guess_majority(self, facts: Sequence[Facts], first: int, last: int) -> list[int]:
+        """The sign that most coordinates elect in a few units: right, it saves a second pass."""
+        if not any(rule.elects for rule in self._rules):
+            return [1] * len(self._rules)
+        balance = [0] * len(self._rules)
+        step = max(1, (last - first) // _GUESSES)
+        for number in range(first, last, step):
+            unit = self._units[number]
+            entry = self._plan.entries[unit.entry]
+            if entry.copied:
+                continue
+            part = self._reader.part(entry, unit.start, unit.stop)
+            for point, rule in enumerate(self._rules):
+                notes = Notes()
+                rule.blend(part, facts[point], notes)
+                balance[point] += notes.balance
+        self._reader.rewind()
+        return [1 if each > 0 else -1 for each in balance]
+
     def _settle_majority(self, ledger: _Ledger) -> None:
-        """Merge once more the few units in which a coordinate waited for the majority's sign."""
+        """Mend the coordinates that waited for the majority's sign, if it was not as assumed."""
         self._account(ledger, len(self._units))
-        assumed = Facts().majority
         for number, rule in enumerate(self._rules):
             balance = ledger.balance[number]
-            majority = (balance > 0) - (balance < 0)
-            redo = ledger.undecided[number] if majority != assumed else []
+            # No majority counts as a negative one: see the formula.
+            majority = 1 if balance > 0 else -1
+            redo = ledger.undecided[number] if majority != ledger.majority[number] else []
+            for unit_number in redo:
+                if (unit_number, number) in self._alternatives:
+                    unit = self._units[unit_number]
+                    places, values = self._alternatives[unit_number, number]
+                    self._outputs[number].patch(unit.entry, unit.start, unit.stop, places, values)
+            redo = [each for each in redo if (each, number) not in self._alternatives]
             if not redo:
                 continue
             self._reader.rewind()
@@ -363,7 +421,7 @@ class Engine:
                     break
                 for point, notes in enumerate(self._notes.pop(number)):
                     ledger.balance[point] += notes.balance
-                    if notes.undecided:
+                    if notes.undecided is not None:
                         ledger.undecided[point].append(number)
             ledger.done = max(ledger.done, upto)
 
@@ -416,7 +474,7 @@ class Survey:
     def sample(self, part: Part) -> None:
         """Take in some places of a tensor."""
         for model, delta in enumerate(part.deltas()):
-            magnitudes = delta.abs_().cpu().numpy()
+            magnitudes = _magnitudes(delta)
             self._samples.setdefault((model, self._scope(part.name)), []).append(magnitudes)
 
     def begin(self, pool: Executor) -> None:
@@ -438,7 +496,7 @@ class Survey:
             self._products[scope].add(vectors_of(kind, part), diagonal=kind == "fishers")
         if self._ranks[scope]:
             for model, delta in enumerate(part.deltas()):
-                self._orders[model, scope].add(delta.abs_().cpu().numpy())
+                self._orders[model, scope].add(_magnitudes(delta))
 
     def facts(self, pool: Executor, parts: Callable[[set[str]], Iterator[Part]]) -> Facts:
         """The result; what a sample misjudged is found by reading its tensors again."""
@@ -462,10 +520,9 @@ class Survey:
     ) -> list[float]:
         """By radix, which needs no sample but reads two times or more."""
 
-        def vectors() -> Iterator[Tensor]:
+        def vectors() -> Iterator[np.ndarray]:
             for part in parts(self._members[scope]):
-                assert part.base is not None
-                yield part.models[model] - part.base
+                yield _magnitudes(part.models[model] - part.base)
 
         return [kth_smallest_magnitude(vectors, rank) for rank in self._ranks[scope]]
 
@@ -498,6 +555,21 @@ class _Keeper(threading.Thread):
             raise self._error
         if isinstance(value, KeyboardInterrupt):
             self._keep()
+
+
+def _magnitudes(delta: Array) -> np.ndarray:
+    magnitudes: np.ndarray = ops_for(delta).to_numpy(abs(delta))
+    return magnitudes
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep the formulas' temporary arrays for the next part.
+
+    glibc gives freed blocks back to the system, which clears each page when it is asked for again:
+    a third of the time of TIES. Freeing one large block raises its thresholds for this (mallopt(3),
+    M_MMAP_THRESHOLD); elsewhere it does nothing.
+    """
+    np.empty(31 << 20, dtype=np.uint8)
 
 
 def _units(entries: Sequence[Entry], chunk: int) -> Iterator[Unit]:

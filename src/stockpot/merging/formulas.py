@@ -12,17 +12,17 @@ the weights, scale the lambda of the papers, n the elements of a tensor.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from stockpot.merging.arrays import Array, lerp, ops_for, weighted_sum
 from stockpot.merging.shares import Shares
 
 __all__ = [
@@ -48,17 +48,17 @@ __all__ = [
 class Part:
     """Elements ``start`` to ``start + len`` of one tensor of every input, in float32 or float64.
 
-    The tensors are 1-D, of one dtype, on one device, and belong to somebody else: formulas write
-    to none of them.
+    The arrays are 1-D, of one dtype, all numpy's or all torch's on one device, and belong to
+    somebody else: formulas write to none of them.
     """
 
     name: str
     start: int
-    base: Tensor | None
-    models: Sequence[Tensor]
-    fishers: Sequence[Tensor] = ()
+    base: Array | None
+    models: Sequence[Array]
+    fishers: Sequence[Array] = ()
 
-    def deltas(self) -> list[Tensor]:
+    def deltas(self) -> list[Array]:
         """Task vectors theta_i - theta_0."""
         assert self.base is not None
         return [model - self.base for model in self.models]
@@ -73,7 +73,7 @@ class Facts:
     products: dict[str, list[list[float]]] = field(default_factory=dict)
     """Inner products of the vectors that the rule asked for, as a matrix."""
     majority: int = 1
-    """The sign that most coordinates elected."""
+    """The sign that most coordinates elected: 1, or anything else for the other."""
 
 
 @dataclass
@@ -82,8 +82,8 @@ class Notes:
 
     balance: int = 0
     """Positive minus negative elected signs."""
-    undecided: bool = False
-    """A coordinate took the majority's sign, which is known only at the end."""
+    undecided: Array | None = None
+    """Not 0 where a coordinate took the majority's sign, which is known only at the end."""
     problem: str | None = None
     """Why this part cannot be merged."""
 
@@ -96,6 +96,10 @@ class Rule:
     """Vectors whose inner products the formula needs."""
     passes_over_whole_model: bool = False
     """The survey's result is one for the whole model, so that it is taken before any merging."""
+    elects: bool = False
+    """Coordinates may have to wait for the majority's sign."""
+    positional: bool = False
+    """The result depends on where in the tensor an element is."""
     temporaries: ClassVar[int] = 2
     """Arrays of the part's size that `blend` holds at once beside its inputs."""
 
@@ -103,16 +107,9 @@ class Rule:
         """Ranks (from 1, ascending) among a task vector's magnitudes that the formula needs."""
         return ()
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The merged elements, in the part's dtype; a new tensor."""
         raise NotImplementedError
-
-
-def _weighted_sum(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
-    total = tensors[0] * shares[0]
-    for tensor, share in zip(tensors[1:], shares[1:], strict=True):
-        total.add_(tensor, alpha=share)
-    return total
 
 
 @dataclass
@@ -123,10 +120,10 @@ class Linear(Rule):
     normalize: bool = True
     temporaries: ClassVar[int] = 1
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
         shares = self.shares.of(part.name, self.normalize)
-        return _weighted_sum(part.models, shares)
+        return weighted_sum(part.models, shares)
 
 
 @dataclass
@@ -139,10 +136,8 @@ class WiseFT(Rule):
     beta: float
     needs_base: ClassVar[bool] = True
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
-        from stockpot.arithmetic import lerp
-
         assert part.base is not None
         return lerp(part.models[0], part.base, self.beta)
 
@@ -172,9 +167,9 @@ class Slerp(Rule):
             math.sin(self.t * angle) / math.sin(angle),
         )
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
-        return _weighted_sum(part.models, self.shares(facts.products[part.name]))
+        return weighted_sum(part.models, self.shares(facts.products[part.name]))
 
 
 @dataclass
@@ -190,14 +185,21 @@ class TaskArithmetic(Rule):
         """The factor of the sum for one tensor."""
         return self.scale
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
         assert part.base is not None
         shares = self.shares.of(part.name, self.normalize)
-        total = (part.models[0] - part.base).mul_(shares[0])
+        total = part.models[0] - part.base
+        if shares[0] != 1.0:
+            total *= shares[0]
         for model, share in zip(part.models[1:], shares[1:], strict=True):
-            total.add_(model - part.base, alpha=share)
-        return total.mul_(self.scale_of(part.name)).add_(part.base)
+            delta = model - part.base
+            if share != 1.0:
+                delta *= share
+            total += delta
+        total *= self.scale_of(part.name)
+        total += part.base
+        return total
 
 
 _FIRST_LAYER = re.compile(r"embed|wte|wpe|shared\.|patch|cls_token|class_token|stem|conv1\b|tok_")
@@ -242,38 +244,32 @@ class _Electing(Rule):
     shares: Shares
     scale: float
     needs_base: ClassVar[bool] = True
+    elects: bool = True
 
     def _elect_and_average(
-        self, part: Part, deltas: Sequence[Tensor], facts: Facts, notes: Notes
-    ) -> Tensor:
+        self,
+        part: Part,
+        deltas: Sequence[Array],
+        thresholds: Sequence[float],
+        facts: Facts,
+        notes: Notes,
+    ) -> Array:
         """Consumes `deltas`."""
         assert part.base is not None
         shares = self.shares.of(part.name, normalize=False)
-        if any(share != 1.0 for share in shares):
-            for delta, share in zip(deltas, shares, strict=True):
-                delta.mul_(share)
-        sums = deltas[0].clone()
-        for delta in deltas[1:]:
-            sums.add_(delta)
-        # In floats throughout: masks of booleans take several times as long.
-        sign = sums.sign_()
-        notes.balance += int(sign.sum(dtype=torch.float64))
-        even = torch.sub(1.0, sign.abs())
         # Coordinates that sum to 0 take the majority's sign. Without a majority, negative entries
         # are averaged, as in the authors' implementation.
-        sign.add_(even, alpha=1.0 if facts.majority > 0 else -1.0)
-        total = torch.zeros_like(sign)
-        count = torch.zeros_like(sign)
-        for delta, share in zip(deltas, shares, strict=True):
-            # |delta| where it has the elected sign, else 0; a product with 1 or -1 is exact.
-            agreeing = delta.mul_(sign).clamp_(min=0.0)
-            total.add_(agreeing)
-            count.add_(agreeing.sign_(), alpha=share)
-        # Entries that cancel have both signs, so that some agree with whichever is elected.
-        notes.undecided |= float(even.mul_(count).sum()) > 0.0
+        ops = ops_for(deltas[0])
+        elected = ops.elect(deltas, thresholds, shares, facts.majority)
+        notes.balance += elected.balance
+        notes.undecided = elected.undecided
         # Where nothing agrees, the total is 0, and so is its quotient by anything.
-        count.clamp_(min=min(shares))
-        return total.div_(count).mul_(sign).mul_(self.scale).add_(part.base)
+        result = elected.total
+        result /= elected.count
+        if self.scale != 1.0:
+            result *= self.scale
+        result += part.base
+        return result
 
 
 @dataclass
@@ -292,26 +288,11 @@ class Ties(_Electing):
         rank = elements - int(elements * self.density)
         return (rank,) if rank else ()
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
         scope = "" if self.passes_over_whole_model else part.name
-        deltas = [
-            _keep(delta, *(thresholds[scope] or (0.0,)), math.inf)
-            for delta, thresholds in zip(part.deltas(), facts.thresholds, strict=True)
-        ]
-        return self._elect_and_average(part, deltas, facts, notes)
-
-
-def _keep(delta: Tensor, low: float, high: float) -> Tensor:
-    """Entries whose magnitude is in [low, high]; the others become 0."""
-    if high < math.inf:
-        delta = delta.sub_(torch.nn.functional.hardshrink(delta, high))
-    if low > 0.0:
-        # hardshrink keeps what is greater than its bound: the number before the lowest kept.
-        kind: Any = np.float32 if delta.dtype == torch.float32 else np.float64
-        below = np.nextafter(kind(low), kind(0.0))
-        delta = torch.nn.functional.hardshrink(delta, float(below))
-    return delta
+        lowest = [(known[scope] or [0.0])[0] for known in facts.thresholds]
+        return self._elect_and_average(part, part.deltas(), lowest, facts, notes)
 
 
 @dataclass
@@ -335,6 +316,10 @@ class Dare(_Electing):
     """Per model the name that keys its draws."""
     temporaries: ClassVar[int] = 8
 
+    def __post_init__(self) -> None:
+        self.elects = self.combine == "ties"
+        self.positional = True
+
     def kept(self, model: int, part: Part, size: int) -> np.ndarray:
         """Which elements of a part survive, as booleans."""
         text = f"{self.seed}\0{self.labels[model]}\0{part.name}"
@@ -346,17 +331,19 @@ class Dare(_Electing):
         draws = generator.random_raw((size + 1) // 2).view(np.uint32)[:size]
         return draws >= np.uint32(min(round(self.drop_rate * 2**32), 2**32 - 1))
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
         assert part.base is not None
         deltas = part.deltas()
         for number, delta in enumerate(deltas):
-            kept = torch.from_numpy(self.kept(number, part, delta.numel()))
-            delta.mul_(kept.to(delta.device)).div_(1.0 - self.drop_rate)
+            delta = ops_for(delta).masked(delta, self.kept(number, part, len(delta)))
+            delta /= 1.0 - self.drop_rate
         if self.combine == "ties":
-            return self._elect_and_average(part, deltas, facts, notes)
-        total = _weighted_sum(deltas, self.shares.of(part.name, self.normalize))
-        return total.mul_(self.scale).add_(part.base)
+            return self._elect_and_average(part, deltas, [0.0] * len(deltas), facts, notes)
+        total = weighted_sum(deltas, self.shares.of(part.name, self.normalize))
+        total *= self.scale
+        total += part.base
+        return total
 
 
 @dataclass
@@ -371,15 +358,15 @@ class MagMax(Rule):
     needs_base: ClassVar[bool] = True
     temporaries: ClassVar[int] = 4
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
         assert part.base is not None
         shares = self.shares.of(part.name, normalize=False)
-        best = (part.models[0] - part.base).mul_(shares[0])
-        for model, share in zip(part.models[1:], shares[1:], strict=True):
-            delta = (model - part.base).mul_(share)
-            torch.where(delta.abs() > best.abs(), delta, best, out=best)
-        return best.mul_(self.scale).add_(part.base)
+        deltas = [delta * share for delta, share in zip(part.deltas(), shares, strict=True)]
+        best = functools.reduce(ops_for(deltas[0]).larger, deltas)
+        best *= self.scale
+        best += part.base
+        return best
 
 
 @dataclass
@@ -405,12 +392,14 @@ class ModelStock(Rule):
         cosine = max(0.0, min(1.0, math.fsum(cosines) / len(cosines)))
         return count * cosine / (1.0 + (count - 1) * cosine)
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
         assert part.base is not None
         deltas = part.deltas()
         share = self.ratio(facts.products[part.name]) / len(deltas)
-        return _weighted_sum(deltas, [share] * len(deltas)).add_(part.base)
+        total = weighted_sum(deltas, [share] * len(deltas))
+        total += part.base
+        return total
 
 
 @dataclass
@@ -437,15 +426,17 @@ class Breadcrumbs(Rule):
         lowest = max(1, highest - round(self.density * elements) + 1)
         return (min(lowest, highest), highest)
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
         assert part.base is not None
         deltas = [
-            _keep(delta, *(thresholds[part.name] or (0.0, math.inf)))
+            ops_for(delta).keep(delta, *(thresholds[part.name] or (0.0, math.inf)))
             for delta, thresholds in zip(part.deltas(), facts.thresholds, strict=True)
         ]
-        total = _weighted_sum(deltas, self.shares.of(part.name, normalize=False))
-        return total.mul_(self.scale).add_(part.base)
+        total = weighted_sum(deltas, self.shares.of(part.name, normalize=False))
+        total *= self.scale
+        total += part.base
+        return total
 
 
 @dataclass
@@ -468,18 +459,19 @@ class Fisher(Rule):
         """The norms, if they are needed."""
         return "fishers" if self.normalize else None
 
-    def blend(self, part: Part, facts: Facts, notes: Notes) -> Tensor:
+    def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
         shares = self.shares.of(part.name, normalize=False)
         if self.normalize:
             norms = [math.sqrt(row[i]) for i, row in enumerate(facts.products[""])]
             shares = [share / norm for share, norm in zip(shares, norms, strict=True)]
-        numerator = torch.zeros_like(part.models[0])
-        denominator = torch.zeros_like(part.models[0])
+        ops = ops_for(part.models[0])
+        numerator = denominator = part.models[0] * 0.0
         for model, values, share in zip(part.models, part.fishers, shares, strict=True):
-            weight = values.clamp(min=self.floor).mul_(share)
-            numerator.addcmul_(weight, model)
-            denominator.add_(weight)
-        if not bool(denominator.all()):
+            weight = ops.floored(values, self.floor) * share
+            numerator = numerator + weight * model
+            denominator = denominator + weight
+        if not bool((denominator != 0).all()):
             notes.problem = "all Fisher values of a coordinate are 0; raise floor"
-        return numerator.div_(denominator)
+            return numerator
+        return numerator / denominator

@@ -12,12 +12,13 @@ from stockpot.merging.checkpoint import CheckpointError
 __all__ = ["Hasher"]
 
 
-class Hasher(threading.Thread):
-    """SHA-256 of files, one after another, beside the merge; it warms the cache for it as well.
+class Hasher:
+    """SHA-256 of files, by threads of its own; it warms the cache for the merge as well.
 
     Args:
         paths: the files.
         stated: hashes that files must have.
+        threads: files that are hashed at the same time.
         progress: called with the bytes hashed since the last call.
     """
 
@@ -25,55 +26,68 @@ class Hasher(threading.Thread):
         self,
         paths: Iterable[Path],
         stated: Mapping[Path, str],
+        threads: int,
         progress: Callable[[int], None] | None = None,
     ) -> None:
-        super().__init__(daemon=True)
-        self._paths = list(dict.fromkeys(paths))
+        self._pending = iter(dict.fromkeys(paths))
         self._stated = stated
         self._progress = progress
         self._halt = threading.Event()
-        self.error: Exception | None = None
-        self.hashes: dict[Path, str] = {}
+        self._lock = threading.Lock()
+        self._error: Exception | None = None
+        self._hashes: dict[Path, str] = {}
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(threads)]
 
-    def run(self) -> None:
-        """Hash all files; the first that is not as stated ends it."""
+    def start(self) -> None:
+        """Begin."""
+        for thread in self._threads:
+            thread.start()
+
+    def _run(self) -> None:
+        """Hash files until there are none; the first that is not as stated ends it."""
         try:
-            for path in self._paths:
-                digest = self._hash(path)
-                if digest is None:
+            while not self._halt.is_set():
+                with self._lock:
+                    path = next(self._pending, None)
+                if path is None:
                     return
-                if (expected := self._stated.get(path, digest).lower()) != digest:
-                    raise CheckpointError(
-                        f"{path} is not the file that was stated: its SHA-256 is {digest}, not "
-                        f"{expected}"
-                    )
-                self.hashes[path] = digest
+                self._hash(path)
         except Exception as error:
-            self.error = error
+            self._error = error
+            self._halt.set()
 
-    def _hash(self, path: Path) -> str | None:
+    def _hash(self, path: Path) -> None:
         digest = hashlib.sha256()
         buffer = bytearray(1 << 20)
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 if self._halt.is_set():
-                    return None
+                    return
                 digest.update(memoryview(buffer)[:count])
                 if self._progress is not None:
                     self._progress(count)
-        return digest.hexdigest()
+        found = digest.hexdigest()
+        if (expected := self._stated.get(path, found).lower()) != found:
+            raise CheckpointError(
+                f"{path} is not the file that was stated: its SHA-256 is {found}, not {expected}"
+            )
+        with self._lock:
+            self._hashes[path] = found
 
     def check(self) -> None:
         """Raise what went wrong so far."""
-        if self.error is not None:
-            raise self.error
+        if self._error is not None:
+            raise self._error
 
     def stop(self) -> None:
-        """Leave off."""
+        """Leave off, and wait for it."""
         self._halt.set()
+        for thread in self._threads:
+            thread.join()
 
     def result(self) -> dict[Path, str]:
         """Wait for all hashes."""
-        self.join()
+        for thread in self._threads:
+            thread.join()
         self.check()
-        return self.hashes
+        return self._hashes

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stockpot.arithmetic import is_finite
 from stockpot.merging._validation import Weights, refuse
+from stockpot.merging.arrays import ops_for
 from stockpot.merging.formulas import Facts, Notes, Part, Rule
-from stockpot.merging.survey import InnerProducts, kth_smallest_magnitude
+from stockpot.merging.survey import (
+    InnerProducts,
+    check_norms,
+    kth_smallest_magnitude,
+    vectors_of,
+)
 
 __all__ = ["apply"]
 
@@ -44,7 +50,7 @@ def apply(
         notes = Notes()
         merged[name] = _blend(rule, part(name), facts, notes, reference)
         balance += notes.balance
-        if notes.undecided:
+        if notes.undecided is not None:
             undecided.append(name)
     facts.majority = (balance > 0) - (balance < 0)
     if facts.majority != Facts().majority:
@@ -80,7 +86,7 @@ def _blend(rule: Rule, part: Part, facts: Facts, notes: Notes, reference: Tensor
     if notes.problem is not None:
         refuse(f"tensor {part.name!r}", *notes.problem.split("; "))
     # A copy even where the dtype stays: a rule may return one of its inputs.
-    result = merged.to(reference.dtype, copy=True).view(reference.shape)
+    result: Tensor = merged.to(reference.dtype, copy=True).view(reference.shape)
     if not is_finite(result):
         refuse(
             f"tensor {part.name!r}",
@@ -114,28 +120,8 @@ def _survey(rule: Rule, part: Callable[[str], Part], names: Sequence[str]) -> Fa
     return facts
 
 
-def _deltas(part: Callable[[str], Part], names: Sequence[str], model: int) -> Iterator[Tensor]:
+def _deltas(part: Callable[[str], Part], names: Sequence[str], model: int) -> Iterator[np.ndarray]:
     for name in names:
         each = part(name)
-        assert each.base is not None
-        yield each.models[model] - each.base
-
-
-def vectors_of(kind: str, part: Part) -> Sequence[Tensor]:
-    """The vectors whose inner products a rule asks for."""
-    if kind == "fishers":
-        return part.fishers
-    return part.deltas() if kind == "deltas" else part.models
-
-
-def check_norms(rule: Rule, products: Sequence[Sequence[float]]) -> None:
-    """Refuse Fisher information that has no norm to divide by.
-
-    Raises:
-        ValueError: if all values of a model are 0.
-    """
-    if rule.products_of == "fishers":
-        for i, row in enumerate(products):
-            if not math.sqrt(row[i]) > 0.0:
-                remedy = "pass normalize=False"
-                refuse(f"fishers[{i}]", "all values are 0, so that it has no norm", remedy)
+        delta = each.models[model] - each.base
+        yield ops_for(delta).to_numpy(delta)

@@ -7,6 +7,7 @@ on where it was when it is started again.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -148,10 +149,10 @@ def merge_recipe(
     began = time.monotonic()
     output = Path(os.path.abspath(output))
     refuse_existing(output, settings.overwrite)
-    if recipe.method == "lora":
-        from stockpot.merging.adapters import merge_adapters
+    if recipe.method == "lora" and recipe.base is None:
+        from stockpot.merging.adapters import average_adapters
 
-        return merge_adapters(recipe, output, settings, progress)
+        return average_adapters(recipe, output, settings)
     plan = make_plan(recipe)
     for path in {path for checkpoint in plan.inputs for path in checkpoint.files}:
         if output in path.resolve().parents:
@@ -171,11 +172,11 @@ def merge_recipe(
             hasher.stop()
     return MergeResult(
         folder=output,
-        outputs=tuple(output / point.name for point in plan.points),
+        outputs=tuple(output / point.name if point.name else output for point in plan.points),
         tensors=len(plan.entries),
         elements=sum(entry.numel for entry in plan.entries),
         bytes_written=written,
-        bytes_read=sum(info.nbytes for entry in plan.entries for info in entry.sources),
+        bytes_read=plan.nbytes,
         seconds=time.monotonic() - began,
         notes=(*plan.notes, *notes),
         hashes={str(path): digest for path, digest in hashes.items()},
@@ -210,6 +211,8 @@ def _make(
             hasher,
             progress,
         )
+        if progress is not None:
+            progress("merge", -plan.nbytes)
         before = plan.fingerprint()
         notes = engine.run()
         hashes = hasher.result() if hasher else {}
@@ -284,7 +287,8 @@ def start_hashing(
         paths = [path for path in paths if path in stated]
     if not paths:
         return None
-    hasher = Hasher(paths, stated, progress and (lambda count: progress("hash", count)))
+    told = functools.partial(progress, "hash") if progress else None
+    hasher = Hasher(paths, stated, settings.workers, told)
     hasher.start()
     return hasher
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stockpot.errors import StockpotError
 from stockpot.files import space_errors, write_json, write_text
 from stockpot.merging.checkpoint import Checkpoint, open_checkpoint
 from stockpot.merging.dtypes import BYTES
 from stockpot.merging.plan import Entry
 
-__all__ = ["ModelFolder", "publish", "refuse_existing", "staging_of"]
+__all__ = ["ModelFolder", "header_of", "publish", "refuse_existing", "staging_of"]
 
 _COPIED = (
     "generation_config.json",
@@ -78,18 +81,8 @@ class ModelFolder:
         return [shard.path.name for shard in self._shards]
 
     def _header(self, shard: _Shard, metadata: Mapping[str, str]) -> bytes:
-        described: dict[str, Any] = {"__metadata__": dict(metadata)}
-        for i in shard.entries:
-            entry, begin = self._entries[i], shard.offsets[i]
-            size = entry.numel * BYTES[entry.dtype]
-            described[entry.name] = {
-                "dtype": entry.dtype,
-                "shape": list(entry.shape),
-                "data_offsets": [begin, begin + size],
-            }
-        text = json.dumps(described, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
+        entries = [self._entries[i] for i in shard.entries]
+        return header_of({each.name: (each.dtype, each.shape) for each in entries}, metadata)
 
     def open(self) -> None:
         """Create the files at their final sizes, or open those of a stopped merge.
@@ -116,6 +109,18 @@ class ModelFolder:
             done = 0
             while done < len(data):
                 done += os.pwrite(self._files[shard.path], data[done:], place + done)
+
+    def patch(
+        self, index: int, start: int, stop: int, places: np.ndarray, values: np.ndarray
+    ) -> None:
+        """Replace elements of a tensor: ``places`` counts from element ``start``."""
+        shard = self._shard_of[index]
+        offset = len(self._headers[shard.path]) + shard.offsets[index] + start * values.itemsize
+        current = bytearray(
+            os.pread(self._files[shard.path], (stop - start) * values.itemsize, offset)
+        )
+        np.frombuffer(current, dtype=values.dtype)[places] = values
+        self.write(index, start * values.itemsize, memoryview(current))
 
     def flush(self) -> None:
         """Bring what was written onto the disk."""
@@ -179,6 +184,21 @@ class ModelFolder:
     def write_text(self, name: str, text: str) -> None:
         """Add a small file."""
         write_text(self.folder / name, text)
+
+
+def header_of(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
+) -> bytes:
+    """The start of a safetensors file: dtype and shape of tensors that follow each other."""
+    described: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name, (dtype, shape) in tensors.items():
+        end = begin + math.prod(shape) * BYTES[dtype]
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _layout(folder: Path, entries: Sequence[Entry], shard_bytes: int) -> list[_Shard]:

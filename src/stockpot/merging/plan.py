@@ -21,7 +21,7 @@ from stockpot.merging.dtypes import FLOATING, QUANTISED
 from stockpot.merging.recipe import DTYPES, MergeRecipe, Point
 from stockpot.merging.settings import METHODS, Context
 
-__all__ = ["Entry", "MergePlan", "make_plan"]
+__all__ = ["Entry", "MergePlan", "make_plan", "method_of"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class MergePlan:
         )
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of input that one pass reads."""
+        return sum(info.nbytes for entry in self.entries for info in entry.sources)
+
+    @property
     def wide(self) -> str:
         """The format to compute in: F64 if an input of a floating tensor is F64, else F32."""
         dtypes = {s.dtype for entry in self.entries if not entry.copied for s in entry.sources}
@@ -115,6 +120,10 @@ def make_plan(recipe: MergeRecipe) -> MergePlan:
         ConfigError: for settings that do not fit the inputs.
         CheckpointError: for inputs that cannot be merged.
     """
+    if recipe.method == "lora":
+        from stockpot.merging.adapters import make_adapter_plan
+
+        return make_adapter_plan(recipe)
     base = open_checkpoint(recipe.base.model) if recipe.base else None
     models = tuple(open_checkpoint(model.model) for model in recipe.models)
     fishers = tuple(open_checkpoint(model.fisher) for model in recipe.models if model.fisher)

@@ -7,23 +7,22 @@ memory used is what it seems. The system is told what will be read next.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from stockpot.errors import NonFiniteError
+from stockpot.merging.arrays import Array
 from stockpot.merging.checkpoint import CheckpointError, TensorInfo
-from stockpot.merging.dtypes import torch_dtype
+from stockpot.merging.dtypes import as_bytes, looks_finite, stored_as, widen
 from stockpot.merging.formulas import Part
 from stockpot.merging.plan import Entry
 
-__all__ = ["Reader", "as_bytes"]
+__all__ = ["Reader"]
 
 _AHEAD = 32 << 20  # bytes of each file that the system is asked to have ready
 
@@ -34,13 +33,12 @@ class Reader:
     Each thread has buffers of its own; a part is good until the thread asks for the next.
     """
 
-    def __init__(self, paths: Iterable[Path], wide: torch.dtype, device: torch.device) -> None:
-        self._files = {path: os.open(path, os.O_RDONLY) for path in paths}
+    def __init__(self, paths: Iterable[Path], wide: Any, device: str = "cpu") -> None:
+        self._files = {os.fspath(path): os.open(path, os.O_RDONLY) for path in paths}
         self._ahead = dict.fromkeys(self._files, 0)
-        self._wide = wide
+        self._wide = np.dtype(wide)
         self._device = device
         self._local = threading.local()
-        self.bytes_read = 0
 
     def close(self) -> None:
         """Close the files."""
@@ -57,10 +55,8 @@ class Reader:
         """
         tensors = []
         for slot, info in enumerate(entry.sources):
-            tensor = self._widened(slot, info, start, stop)
-            if check:
-                _check_finite(tensor, info, start)
-            tensors.append(tensor.to(self._device))
+            tensor = self._widened(slot, info, start, stop, check)
+            tensors.append(self._on_device(tensor))
         first = 1 if entry.base is not None else 0
         last = first + len(entry.models)
         return Part(
@@ -71,42 +67,52 @@ class Reader:
             tensors[last:],
         )
 
+    def _on_device(self, array: np.ndarray) -> Array:
+        if self._device == "cpu":
+            return array
+        import torch
+
+        return torch.from_numpy(array).to(self._device)
+
     def raw(self, info: TensorInfo, start: int, stop: int) -> memoryview:
         """Bytes of elements ``start`` to ``stop``, as they are."""
-        buffer = self._buffer("raw", 0, torch.uint8, (stop - start) * info.itemsize)
+        buffer = self._buffer("raw", 0, np.dtype(np.uint8), (stop - start) * info.itemsize)
         self._fill(buffer, info, start)
         return as_bytes(buffer)
 
-    def _widened(self, slot: int, info: TensorInfo, start: int, stop: int) -> Tensor:
-        dtype = torch_dtype(info.dtype)
+    def _widened(
+        self, slot: int, info: TensorInfo, start: int, stop: int, check: bool
+    ) -> np.ndarray:
+        stored = np.dtype(stored_as(info.dtype))
         wide = self._buffer("wide", slot, self._wide, stop - start)
-        if dtype == self._wide:
-            self._fill(wide, info, start)
-            return wide
-        narrow = self._buffer(info.dtype, 0, dtype, stop - start)
-        self._fill(narrow, info, start)
-        return wide.copy_(narrow)
+        same = stored == self._wide
+        raw = wide if same else self._buffer(info.dtype, 0, stored, stop - start)
+        self._fill(raw, info, start)
+        if check and not looks_finite(raw, info.dtype):
+            _refuse_non_finite(widen(raw, info.dtype, np.empty(raw.size)), info, start)
+        return wide if same else widen(raw, info.dtype, wide)
 
-    def _buffer(self, kind: str, slot: int, dtype: torch.dtype, size: int) -> Tensor:
-        buffers: dict[tuple[str, int], Tensor] = self._local.__dict__.setdefault("buffers", {})
+    def _buffer(self, kind: str, slot: int, dtype: np.dtype[Any], size: int) -> np.ndarray:
+        buffers: dict[tuple[str, int], np.ndarray]
+        buffers = self._local.__dict__.setdefault("buffers", {})
         buffer = buffers.get((kind, slot))
-        if buffer is None or buffer.numel() < size:
-            buffer = buffers[kind, slot] = torch.empty(size, dtype=dtype)
+        if buffer is None or buffer.size < size:
+            buffer = buffers[kind, slot] = np.empty(size, dtype)
         return buffer[:size]
 
-    def _fill(self, target: Tensor, info: TensorInfo, start: int) -> None:
+    def _fill(self, target: np.ndarray, info: TensorInfo, start: int) -> None:
         view = as_bytes(target)
+        path = os.fspath(info.path)
         offset = info.offset + start * info.itemsize
-        self._read_ahead(info.path, offset + len(view))
+        self._read_ahead(path, offset + len(view))
         done = 0
         while done < len(view):
-            count = os.preadv(self._files[info.path], [view[done:]], offset + done)
+            count = os.preadv(self._files[path], [view[done:]], offset + done)
             if not count:
                 raise CheckpointError(f"{info.path} was cut short while it was read")
             done += count
-        self.bytes_read += len(view)
 
-    def _read_ahead(self, path: Path, offset: int) -> None:
+    def _read_ahead(self, path: str, offset: int) -> None:
         """Ask for the next stretch when half of the last is used; threads may ask twice."""
         known = self._ahead[path]
         if known - _AHEAD // 2 < offset and hasattr(os, "posix_fadvise"):
@@ -120,21 +126,10 @@ class Reader:
         self._ahead = dict.fromkeys(self._files, 0)
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a tensor of one dimension on the CPU."""
-    array: Any = tensor.view(torch.uint8).numpy() if tensor.numel() else b""
-    return memoryview(array)
-
-
-def _check_finite(tensor: Tensor, info: TensorInfo, start: int) -> None:
-    # A sum meets every NaN and infinity at half the cost of a search for them; one that
-    # overflows is looked at again.
-    if math.isfinite(float(tensor.sum())):
-        return
-    wrong = torch.isfinite(tensor).logical_not_()
-    if bool(wrong.any()):
-        index = start + int(wrong.nonzero()[0])
+def _refuse_non_finite(array: np.ndarray, info: TensorInfo, start: int) -> None:
+    wrong = np.flatnonzero(~np.isfinite(array))
+    if wrong.size:
         raise NonFiniteError(
-            f"{info.path}: tensor {info.name!r} holds {tensor[index - start].item()} at element "
-            f"{index:,}; merge models whose training did not diverge"
+            f"{info.path}: tensor {info.name!r} holds {array[wrong[0]]} at element "
+            f"{start + int(wrong[0]):,}; merge models whose training did not diverge"
         )

@@ -28,6 +28,8 @@ class Context(BaseModel):
     """Of all tensors."""
     labels: tuple[str, ...] = ()
     """Per model, the name that keys random draws."""
+    factors: tuple[Any, Any, Any] | None = None
+    """Of adapters: see `stockpot.merging.adapters.AdapterPlan`."""
 
 
 class MergeMethod(BaseModel):
@@ -310,6 +312,13 @@ class Lora(MergeMethod):
     def check(self, shares: Shares) -> None:
         if self.normalize:
             shares.check_totals()
+
+    def rule(self, context: Context) -> Rule:
+        from stockpot.merging.adapters import LoraInto
+
+        assert context.factors is not None
+        products, wholes, columns = context.factors
+        return LoraInto(context.shares, self.scale, self.normalize, products, wholes, columns)
 
 
 METHODS: dict[str, type[MergeMethod]] = {
