@@ -12,7 +12,7 @@ import typer
 from stockpot.errors import ConfigError
 
 if TYPE_CHECKING:
-    from stockpot.merging.merge import MergeResult, Settings
+    from stockpot.merging.on_disk import MergeResult, Settings
     from stockpot.merging.recipe import MergeRecipe
 
 __all__ = ["merge"]
@@ -283,7 +283,7 @@ def _settings(
     hash_inputs: bool,
     overwrite: bool,
 ) -> Settings:
-    from stockpot.merging.merge import DEFAULT_CHUNK, Settings
+    from stockpot.merging.on_disk import DEFAULT_CHUNK, Settings
 
     text = shard_size.strip().upper()
     unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
@@ -309,7 +309,7 @@ def _run(
     from rich.console import Console
 
     from stockpot.cli.transfer import transfer_progress
-    from stockpot.merging.merge import merge_recipe
+    from stockpot.merging.on_disk import merge_recipe
 
     console = Console(stderr=True, quiet=quiet)
     try:

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from stockpot.merging.on_disk import MergeResult, merge
     from stockpot.merging.rules import (
         Weights,
         breadcrumbs,
@@ -41,6 +42,7 @@ _RULES = (
 )
 
 __all__ = [
+    "MergeResult",
     "Weights",
     "breadcrumbs",
     "dare",
@@ -48,6 +50,7 @@ __all__ = [
     "linear",
     "lines",
     "magmax",
+    "merge",
     "model_stock",
     "slerp",
     "task_arithmetic",
@@ -59,4 +62,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _RULES:
         return getattr(import_module("stockpot.merging.rules"), name)
+    if name in ("merge", "MergeResult"):
+        return getattr(import_module("stockpot.merging.on_disk"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

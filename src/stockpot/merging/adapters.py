@@ -37,7 +37,7 @@ from stockpot.merging.settings import Context, Lora
 from stockpot.merging.shares import Shares
 
 if TYPE_CHECKING:
-    from stockpot.merging.merge import MergeResult, Settings
+    from stockpot.merging.on_disk import MergeResult, Settings
 
 __all__ = ["Adapter", "LoraInto", "average_adapters", "make_adapter_plan", "open_adapter"]
 
@@ -102,7 +102,8 @@ def open_adapter(source: str) -> Adapter:
         if found is None:
             if "lora_" in name:
                 raise CheckpointError(f"{source}: {name!r} is a factor of an unknown kind")
-            whole[name.removeprefix(_PREFIX)] = info
+            # PEFT saves embeddings under adapters whole as well, as their base layer.
+            whole[name.removeprefix(_PREFIX).replace(".base_layer.", ".")] = info
             continue
         factors.setdefault(found["module"], {})[found["factor"]] = read_tensor(info)
         if found["embedding"]:
@@ -192,12 +193,10 @@ class LoraInto(Rule):
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
         shares = self.shares.of(part.name, self.normalize)
+        result = (part.models[0] if part.base is None else part.base) * 1.0
         if part.base is not None:
-            total = part.base * 1.0
             for number, model in zip(self.wholes[part.name], part.models, strict=True):
-                total += (model - part.base) * (self.scale * shares[number])
-            return total
-        result = part.models[0] * 1.0
+                result += (model - part.base) * (self.scale * shares[number])
         for number, product in self.products.get(part.name, ()):
             change = self._change(part.name, product, part.start, len(result))
             change *= self.scale * shares[number]
@@ -274,8 +273,6 @@ def make_adapter_plan(recipe: MergeRecipe) -> AdapterPlan:
                 )
             wholes.setdefault(name, []).append(number)
             infos.setdefault(name, []).append(info)
-    if both := sorted(products.keys() & wholes.keys()):
-        raise CheckpointError(f"{both[0]!r} is a product in one adapter and whole in another")
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     entries = []
     for name, info in base.tensors.items():
@@ -314,7 +311,7 @@ def average_adapters(recipe: MergeRecipe, output: Path, settings: Settings) -> M
     Raises:
         CheckpointError: if the adapters do not fit each other.
     """
-    from stockpot.merging.merge import MergeResult, start_hashing
+    from stockpot.merging.on_disk import MergeResult, start_hashing
 
     began = time.monotonic()
     adapters = [open_adapter(model.model) for model in recipe.models]
@@ -389,7 +386,8 @@ def _averaged(
             raise CheckpointError(f"{name!r} is whole in some adapters only; use a --base")
         values = [read_tensor(info) for info in holders if info is not None]
         row = shares.of(name, normalize=True)
-        tensors[_PREFIX + name] = sum(
+        assert holders[0] is not None
+        tensors[holders[0].name] = sum(
             (value * np.float32(share) for value, share in zip(values, row, strict=True)),
             np.zeros_like(values[0]),
         )

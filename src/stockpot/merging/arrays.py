@@ -57,7 +57,7 @@ class Ops(Protocol):
         """
 
     def larger(self, best: Array, other: Array) -> Array:
-        """Per entry the one of larger magnitude, the first of equals."""
+        """Per entry the one of larger magnitude, of equals the positive."""
 
     def masked(self, values: Array, kept: np.ndarray) -> Array:
         """Entries where ``kept``, the others 0; consumes ``values``."""
@@ -121,7 +121,8 @@ class NumpyOps:
 
     def larger(self, best: np.ndarray, other: np.ndarray) -> np.ndarray:
         """See `Ops`."""
-        return np.where(np.abs(other) > np.abs(best), other, best)
+        ours, theirs = np.abs(best), np.abs(other)
+        return np.where((theirs > ours) | ((theirs == ours) & (other > best)), other, best)
 
     def masked(self, values: np.ndarray, kept: np.ndarray) -> np.ndarray:
         """See `Ops`."""
@@ -198,7 +199,8 @@ class TorchOps:
         """See `Ops`."""
         import torch
 
-        return torch.where(other.abs() > best.abs(), other, best)
+        ours, theirs = best.abs(), other.abs()
+        return torch.where((theirs > ours) | ((theirs == ours) & (other > best)), other, best)
 
     def masked(self, values: torch.Tensor, kept: np.ndarray) -> torch.Tensor:
         """See `Ops`."""

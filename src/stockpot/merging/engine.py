@@ -12,6 +12,7 @@ of a block, sums over a tensor are exact, and draws are keyed by name.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -44,7 +45,7 @@ from stockpot.merging.survey import (
 __all__ = ["Engine", "Unit"]
 
 _WINDOW_BYTES = 256 << 20
-_KEEP_SECONDS = 2.0
+_KEEP_SECONDS = float(os.environ.get("STOCKPOT_MERGE_KEEP_SECONDS", "2"))
 _GUESSES = 16
 _ALTERNATIVES_BYTES = 64 << 20
 
@@ -230,9 +231,8 @@ class Engine:
         if entry.copied:
             self._copy(unit, entry)
         else:
-            # What was surveyed has been looked at.
-            fresh = not any(known.thresholds or known.products for known in facts)
-            part = self._reader.part(entry, unit.start, unit.stop, check=fresh)
+            looked = any(known.looked for known in facts)
+            part = self._reader.part(entry, unit.start, unit.stop, check=not looked)
             for rule, known, note, output in zip(
                 self._rules, facts, notes, self._outputs, strict=True
             ):
@@ -500,7 +500,8 @@ class Survey:
 
     def facts(self, pool: Executor, parts: Callable[[set[str]], Iterator[Part]]) -> Facts:
         """The result; what a sample misjudged is found by reading its tensors again."""
-        facts = Facts(thresholds=[{key: [] for key in self._sizes} for _ in range(self._models)])
+        thresholds = [{scope: list[float]() for scope in self._sizes} for _ in range(self._models)]
+        facts = Facts(thresholds, looked=self.needed)
         found = pool.map(lambda key: self._orders[key].result(), self._orders)
         for (model, scope), magnitudes in zip(self._orders, found, strict=True):
             facts.thresholds[model][scope] = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stockpot.errors import ConfigError
-from stockpot.merging.merge import Settings, output_folders
+from stockpot.merging.on_disk import Settings, output_folders
 from stockpot.merging.output import staging_of
 from stockpot.merging.plan import MergePlan, make_plan, method_of
 from stockpot.merging.recipe import MergeRecipe

@@ -72,6 +72,8 @@ class Facts:
     """Per model: magnitudes of its task vector at the ranks that the rule asked for."""
     products: dict[str, list[list[float]]] = field(default_factory=dict)
     """Inner products of the vectors that the rule asked for, as a matrix."""
+    looked: bool = False
+    """Every element of the inputs was read, and found to be finite."""
     majority: int = 1
     """The sign that most coordinates elected: 1, or anything else for the other."""
 
@@ -350,7 +352,7 @@ class Dare(_Electing):
 class MagMax(Rule):
     """theta = theta_0 + scale * the task vectors' entry of largest magnitude (Marczak et al. 2024).
 
-    Of entries of equal magnitude the first model's is taken.
+    Of entries of equal magnitude the positive is taken, so that the order of models is nothing.
     """
 
     shares: Shares

@@ -12,7 +12,7 @@ What all rules have in common:
 - **Errors** are `ValueError`: names, shapes or kinds that do not match, a number outside its range,
   NaN or infinity in an input, and results that are not finite in the dtype of the result.
 
-The formulas are in `stockpot.merging.formulas`; `stockpot.merging.merge` applies the same ones to
+The formulas are in `stockpot.merging.formulas`; `stockpot.merging.on_disk` applies the same ones to
 checkpoints on disk.
 """
 
@@ -319,7 +319,7 @@ def magmax(
 ) -> dict[str, torch.Tensor]:
     """Per coordinate, add the task vector's entry of largest magnitude.
 
-    theta = theta_base + scale * delta_j, j = argmax_i |w_i delta_i|; the first of equals.
+    theta = theta_base + scale * w_j delta_j, j = argmax_i |w_i delta_i|; of equals the positive.
 
     MagMax: leveraging model merging for seamless continual learning (Marczak et al., 2024).
 

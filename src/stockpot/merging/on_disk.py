@@ -196,9 +196,9 @@ def _make(
     if state.is_file() and not _goes_on(state, plan):
         shutil.rmtree(staging)
         staging.mkdir()
-    for each in outputs:
-        each.open()
     try:
+        for each in outputs:
+            each.open()
         from stockpot.merging.engine import Engine
 
         engine = Engine(
