@@ -257,13 +257,22 @@ def test_companions_come_from_the_base_always(models: Models, tmp_path: Path) ->
         assert json.loads((tmp_path / "baseless" / name).read_text()) == {"n": 1}
 
 
-def test_provenance(models: Models, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["xxh3", "sha256"])
+def test_provenance(kind: str, models: Models, tmp_path: Path) -> None:
     import hashlib
 
+    import xxhash
     from safetensors import safe_open
 
     base, tuned = models(shards=2)
-    result = merge("ties", list(map(str, tuned)), tmp_path / "out", base=str(base), density=0.5)
+    result = merge(
+        "ties",
+        list(map(str, tuned)),
+        tmp_path / "out",
+        base=str(base),
+        density=0.5,
+        settings=Settings(hashes=kind),
+    )
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["format"] == "pt"
@@ -271,7 +280,11 @@ def test_provenance(models: Models, tmp_path: Path) -> None:
     assert told["parameters"] == {"density": 0.5, "scale": 1.0, "trim": "global"}
     for entry, folder in zip(told["inputs"], [base, *tuned], strict=True):
         for name, digest in entry["files"].items():
-            assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            content = (folder / name).read_bytes()
+            if kind == "sha256":
+                assert digest == f"sha256:{hashlib.sha256(content).hexdigest()}"
+            else:
+                assert digest == f"xxh3:{xxhash.xxh3_128(content).hexdigest()}"
             assert result.hashes[str(folder / name)] == digest
     card = (tmp_path / "out" / "README.md").read_text()
     assert yaml.safe_load(card.split("---")[1])["tags"] == ["merge", "stockpot"]

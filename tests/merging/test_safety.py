@@ -122,13 +122,13 @@ def test_flipped_byte_under_a_stated_hash(models: Models, tmp_path: Path) -> Non
     damaged = bytearray(path.read_bytes())
     damaged[-5] ^= 1
     path.write_bytes(damaged)
-    for hashing in (True, False):
+    for hashing in ("xxh3", "sha256", "none"):
         with pytest.raises(CheckpointError, match="not the file that was stated"):
             merge(
                 "linear",
                 inputs,  # type: ignore[arg-type]
                 tmp_path / "out",
-                settings=Settings(hash_inputs=hashing),
+                settings=Settings(hashes=hashing),
             )
         assert not (tmp_path / "out").exists()
 
@@ -299,7 +299,7 @@ def test_input_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
             "linear",
             list(map(str, folders)),
             tmp_path / "out",
-            settings=Settings(chunk=4096, threads=1, hash_inputs=False),
+            settings=Settings(chunk=4096, threads=1, hashes="none"),
             progress=shorten,
         )
     assert not (tmp_path / "out").exists()

@@ -164,14 +164,14 @@ def merge(
     shard_size: Annotated[
         str, typer.Option(help="Largest output file.", rich_help_panel=_WORK)
     ] = "5GB",
-    hash_inputs: Annotated[
-        bool,
+    hashes: Annotated[
+        str,
         typer.Option(
-            "--hash/--no-hash",
-            help="Record the SHA-256 of every input file.",
+            "--hash",
+            help="Hash of every input file, for the record: xxh3 (fast), sha256 or none.",
             rich_help_panel=_WORK,
         ),
-    ] = True,
+    ] = "xxh3",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output folder if it exists.")
     ] = False,
@@ -212,7 +212,7 @@ def merge(
     )
     if output is None and not dry_run:
         raise ConfigError("-o: name the folder to write the merged model to")
-    settings = _settings(threads, chunk, device, shard_size, hash_inputs, overwrite)
+    settings = _settings(threads, chunk, device, shard_size, hashes, overwrite)
     if dry_run:
         _dry_run(recipe, output, settings, notes, as_json)
         return
@@ -280,7 +280,7 @@ def _settings(
     chunk: int | None,
     device: str,
     shard_size: str,
-    hash_inputs: bool,
+    hashes: str,
     overwrite: bool,
 ) -> Settings:
     from stockpot.merging.on_disk import DEFAULT_CHUNK, Settings
@@ -295,7 +295,7 @@ def _settings(
         raise ConfigError(f"--shard-size {shard_size!r}: write a size, as in 5GB") from error
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ConfigError(f"--device {device!r}: write cpu, cuda or cuda:0")
-    return Settings(threads, chunk or DEFAULT_CHUNK, device, int(size), hash_inputs, overwrite)
+    return Settings(threads, chunk or DEFAULT_CHUNK, device, int(size), hashes, overwrite)
 
 
 def _run(
@@ -347,7 +347,7 @@ def _as_json(result: MergeResult, notes: list[str]) -> dict[str, Any]:
         "bytes_written": result.bytes_written,
         "seconds": round(result.seconds, 3),
         "notes": [*notes, *result.notes],
-        "sha256": dict(result.hashes),
+        "hashes": dict(result.hashes),
     }
 
 

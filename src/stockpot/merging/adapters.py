@@ -311,11 +311,13 @@ def average_adapters(recipe: MergeRecipe, output: Path, settings: Settings) -> M
     Raises:
         CheckpointError: if the adapters do not fit each other.
     """
-    from stockpot.merging.on_disk import MergeResult, start_hashing
+    from stockpot.merging.on_disk import MergeResult, make_hasher
 
     began = time.monotonic()
     adapters = [open_adapter(model.model) for model in recipe.models]
-    hasher = start_hashing(recipe, tuple(a.checkpoint for a in adapters), settings, None)
+    hasher = make_hasher(recipe, tuple(a.checkpoint for a in adapters), settings, None)
+    if hasher is not None:
+        hasher.start()
     outputs, notes, written, count = [], [], 0, 0
     staging = staging_of(output)
     shutil.rmtree(staging, ignore_errors=True)

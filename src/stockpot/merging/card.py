@@ -61,7 +61,7 @@ def _card(
         "",
         f"Made with stockpot {__version__}. {kind.__doc__ or ''} ({kind.reference})",
         "",
-        "| input | file | SHA-256 |",
+        "| input | file | hash |",
         "|---|---|---|",
     ]
     for checkpoint in inputs:

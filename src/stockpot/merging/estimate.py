@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stockpot.errors import ConfigError
-from stockpot.merging.on_disk import Settings, output_folders
+from stockpot.merging.on_disk import Settings, make_hasher, output_folders
 from stockpot.merging.output import staging_of
 from stockpot.merging.plan import MergePlan, make_plan, method_of
 from stockpot.merging.recipe import MergeRecipe
@@ -88,7 +88,9 @@ def estimate(recipe: MergeRecipe, output: Path, settings: Settings) -> Estimate:
     if recipe.method == "lora" and recipe.base is None:
         raise ConfigError("--dry-run: adapters are small; averaging them is not planned ahead")
     plan = make_plan(recipe)
-    folders = output_folders(plan, staging_of(output), settings.shard_bytes, None)
+    hasher = make_hasher(recipe, plan.inputs, settings, None)
+    hashes = hasher.placeholders() if hasher else {}
+    folders = output_folders(plan, staging_of(output), settings.shard_bytes, hashes)
     surveyed = _surveyed(plan)
     names = [str(output / point.name) if point.name else str(output) for point in plan.points]
     return Estimate(

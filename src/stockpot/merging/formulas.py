@@ -124,8 +124,14 @@ class Linear(Rule):
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
-        shares = self.shares.of(part.name, self.normalize)
-        return weighted_sum(part.models, shares)
+        shares = self.shares.of(part.name, normalize=False)
+        total = weighted_sum(part.models, shares)
+        if self.normalize:
+            total /= math.fsum(shares)
+            # A sum may overflow where the mean does not.
+            if not math.isfinite(float(total.sum())):
+                total = weighted_sum(part.models, self.shares.of(part.name, normalize=True))
+        return total
 
 
 @dataclass

@@ -22,7 +22,7 @@ from stockpot.errors import ConfigError, StockpotError
 from stockpot.files import exclusive
 from stockpot.merging.card import model_card, recipe_text
 from stockpot.merging.checkpoint import Checkpoint, CheckpointError
-from stockpot.merging.hashing import Hasher
+from stockpot.merging.hashing import HASHES, Hasher
 from stockpot.merging.output import ModelFolder, publish, refuse_existing, staging_of
 from stockpot.merging.plan import MergePlan, make_plan
 from stockpot.merging.recipe import Input, MergeRecipe, make_recipe
@@ -46,8 +46,9 @@ class Settings:
     device: str = "cpu"
     shard_bytes: int = 5_000_000_000
     """Largest output file; this does change how tensors are spread over files."""
-    hash_inputs: bool = True
-    """Hash all inputs for the record. Hashes that the recipe states are always checked."""
+    hashes: str = "xxh3"
+    """Hash of all input files for the record: ``xxh3``, ``sha256`` or ``none``. A SHA-256 that the
+    recipe states is always checked."""
     overwrite: bool = False
 
     @property
@@ -70,7 +71,7 @@ class MergeResult:
     seconds: float
     notes: tuple[str, ...] = ()
     hashes: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of the input files, by path."""
+    """Of the input files, by path: ``xxh3:...`` or ``sha256:...``."""
 
 
 def merge(
@@ -157,7 +158,9 @@ def merge_recipe(
     for path in {path for checkpoint in plan.inputs for path in checkpoint.files}:
         if output in path.resolve().parents:
             raise StockpotError(f"{path} is an input; write to another folder than {output}")
-    hasher = start_hashing(plan.recipe, plan.inputs, settings, progress)
+    hasher = make_hasher(plan.recipe, plan.inputs, settings, progress)
+    if hasher is not None:
+        hasher.start()
     staging = staging_of(output)
     try:
         staging.mkdir(parents=True, exist_ok=True)
@@ -191,7 +194,9 @@ def _make(
     progress: Progress | None,
 ) -> tuple[list[str], int]:
     """Fill the staging folder."""
-    outputs = output_folders(plan, staging, settings.shard_bytes, None)
+    # The header's length must be known at once, the hashes are known last.
+    provisional = hasher.placeholders() if hasher else {}
+    outputs = output_folders(plan, staging, settings.shard_bytes, provisional)
     state = staging / "merge-state.json"
     if state.is_file() and not _goes_on(state, plan):
         shutil.rmtree(staging)
@@ -237,7 +242,7 @@ def _goes_on(state: Path, plan: MergePlan) -> bool:
 
 
 def output_folders(
-    plan: MergePlan, folder: Path, shard_bytes: int, hashes: Mapping[Path, str] | None
+    plan: MergePlan, folder: Path, shard_bytes: int, hashes: Mapping[Path, str]
 ) -> list[ModelFolder]:
     """One folder per point, laid out but not yet on the disk."""
     return [
@@ -248,15 +253,12 @@ def output_folders(
     ]
 
 
-def metadata_of(plan: MergePlan, number: int, hashes: Mapping[Path, str] | None) -> dict[str, str]:
-    """What stands in the header of each output file; as long without hashes as with them."""
+def metadata_of(plan: MergePlan, number: int, hashes: Mapping[Path, str]) -> dict[str, str]:
+    """What stands in the header of each output file."""
     files = [
         {
             "model": checkpoint.source,
-            "files": {
-                path.name: (hashes or {}).get(path, "0" * 64)  # as long as a hash
-                for path in checkpoint.files
-            },
+            "files": {path.name: hashes[path] for path in checkpoint.files if path in hashes},
         }
         for checkpoint in plan.inputs
     ]
@@ -270,27 +272,27 @@ def metadata_of(plan: MergePlan, number: int, hashes: Mapping[Path, str] | None)
     return {"format": "pt", "stockpot": json.dumps(described)}
 
 
-def start_hashing(
+def make_hasher(
     recipe: MergeRecipe,
     checkpoints: tuple[Checkpoint, ...],
     settings: Settings,
     progress: Progress | None,
 ) -> Hasher | None:
-    """Hash what is to be hashed, beside everything else."""
+    """What hashes the inputs, beside everything else; not started yet."""
     stated: dict[Path, str] = {}
     for given in (*((recipe.base,) if recipe.base else ()), *recipe.models):
         if given.sha256 is not None:
             checkpoint = next(each for each in checkpoints if each.source == given.model)
             stated |= _stated(given, checkpoint)
     paths = [path for checkpoint in checkpoints for path in checkpoint.files]
-    if not settings.hash_inputs:
+    if settings.hashes not in (*HASHES, "none"):
+        raise ConfigError(f"hashes: {settings.hashes!r} is not one of xxh3, sha256, none")
+    if settings.hashes == "none":
         paths = [path for path in paths if path in stated]
     if not paths:
         return None
     told = functools.partial(progress, "hash") if progress else None
-    hasher = Hasher(paths, stated, settings.workers, told)
-    hasher.start()
-    return hasher
+    return Hasher(paths, settings.hashes, stated, settings.workers, told)
 
 
 def _stated(given: Input, checkpoint: Checkpoint) -> dict[Path, str]:
