@@ -1,10 +1,10 @@
 r"""Merging checkpoints: stockpot against mergekit 0.1.5, on the same files, in turn.
 
-Makes Llama-shaped bfloat16 checkpoints (a base and three tuned from it, sharded), runs both programs
-as a user would, each in a fresh process with its inputs in the system's cache, and prints medians
-over the rounds: wall and CPU time, peak anonymous memory, and how far the outputs are from a float32
-reference that is computed here. The floor is `cat inputs > /dev/null` and writing as many bytes as
-the output to the disk (fsync).
+Makes Llama-shaped bfloat16 checkpoints (a base and three tuned from it, sharded), runs both
+programs as a user would, each in a fresh process with its inputs in the system's cache, and prints
+medians over the rounds: wall and CPU time, peak anonymous memory, and how far the outputs are from
+a float32 reference that is computed here. The floor is `cat inputs > /dev/null` and writing as many
+bytes as the output to the disk (fsync).
 
     python benchmarks/merge_vs_mergekit.py --rounds 3 --write benchmarks/results/merging.md
 
@@ -64,6 +64,7 @@ def llama(layers: int, hidden: int) -> Iterator[dict[str, tuple[int, ...]]]:
 
 
 def config(layers: int, hidden: int) -> dict[str, Any]:
+    """What transformers needs to know of it."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -101,6 +102,7 @@ def make_models(folder: Path, layers: int, hidden: int) -> list[Path]:
 
 
 def weights(name: str, shape: tuple[int, ...], number: int) -> torch.Tensor:
+    """Drawn from the name; a model with a number is tuned from the base."""
     seed = sum(map(ord, name)) * 7919
     base = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.02
     if number:
@@ -115,6 +117,8 @@ def weights(name: str, shape: tuple[int, ...], number: int) -> torch.Tensor:
 
 @dataclass
 class Run:
+    """What one run of a program took, in seconds."""
+
     wall: float
     cpu: float
     memory: float
@@ -122,6 +126,7 @@ class Run:
 
 
 def run(command: list[str]) -> Run:
+    """Run a program to its end."""
     began = time.perf_counter()
     with open(os.devnull, "w") as null:
         process = subprocess.Popen(command, stdout=null, stderr=subprocess.PIPE, text=True)
@@ -180,6 +185,7 @@ def write_floor(folder: Path, size: int) -> float:
 
 
 def ours(method: str, models: list[Path], out: Path, *options: str) -> list[str]:
+    """The command of stockpot."""
     base, *tuned = map(str, models)
     settings = {
         "linear": tuned,
@@ -193,6 +199,7 @@ def ours(method: str, models: list[Path], out: Path, *options: str) -> list[str]
 
 
 def theirs(method: str, models: list[Path], out: Path, program: Path) -> list[str]:
+    """The command of mergekit, its recipe beside the output."""
     base, *tuned = map(str, models)
     entries: list[Any] = [{"model": each, "parameters": {"weight": 1.0}} for each in tuned]
     recipe: dict[str, Any] = {"merge_method": method.replace("-", "_"), "dtype": "bfloat16"}
@@ -214,6 +221,7 @@ def theirs(method: str, models: list[Path], out: Path, program: Path) -> list[st
 
 
 def tensors_of(folder: Path) -> dict[str, Path]:
+    """Where each tensor of a folder is."""
     found = {}
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -222,6 +230,7 @@ def tensors_of(folder: Path) -> dict[str, Path]:
 
 
 def get(places: dict[str, Path], name: str) -> torch.Tensor:
+    """One tensor."""
     with safe_open(places[name], "pt") as file:
         tensor: torch.Tensor = file.get_tensor(name)
     return tensor
@@ -271,6 +280,7 @@ def differing(method: str, models: list[Path], out: Path) -> float:
 
 
 def compare(arguments: argparse.Namespace, models: list[Path], program: Path) -> list[str]:
+    """The table of methods, and the floor."""
     size = sum(path.stat().st_size for path in models[0].glob("*.safetensors"))
     lines = [
         "| method | stockpot, s | mergekit, s | wall | CPU | memory, MB | share | aim | "
@@ -322,6 +332,8 @@ def row(
     out: Path,
     kit: Path,
 ) -> str:
+    """One line of it."""
+
     def median(values: Any) -> float:
         return statistics.median(values)
 
@@ -374,6 +386,7 @@ def embedding(folder: Path) -> list[Path]:
 
 
 def main() -> None:
+    """Read the arguments, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=Path(".benchmark-merging"))
@@ -391,8 +404,8 @@ def main() -> None:
         "# Merging, against mergekit 0.1.5",
         "",
         f"`python benchmarks/merge_vs_mergekit.py` on {os.cpu_count()} cores, "
-        f"{platform.machine()}, {arguments.rounds} rounds, inputs in the system's cache. A base and "
-        "three models of 369M parameters, bfloat16, three shards each. Wall and CPU: mergekit's "
+        f"{platform.machine()}, {arguments.rounds} rounds, inputs in the system's cache. A base "
+        "and three models of 369M parameters, bfloat16, in shards. Wall and CPU: mergekit's "
         "time over stockpot's; share: stockpot's peak anonymous memory over mergekit's.",
         "",
         *compare(arguments, models, program),

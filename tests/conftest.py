@@ -20,7 +20,7 @@ def mirror() -> Path:
     return Path(folder)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stories() -> Path:
     """A tiny real language model with its tokenizer: a folder in STOCKPOT_MODELS."""
     models = os.environ.get("STOCKPOT_MODELS")

@@ -15,7 +15,7 @@ from torch import Tensor
 from stockpot.errors import ConfigError
 from stockpot.models.learner import Learner, to_unit_range
 
-__all__ = ["load_image_classifier"]
+__all__ = ["image_processing", "load_image_classifier", "preprocess_images"]
 
 
 def load_image_classifier(
@@ -56,12 +56,12 @@ def load_image_classifier(
     finally:
         logging.set_verbosity(verbosity)
     try:
-        processing = _processing(source, revision, config)
+        processing = image_processing(source, revision, config)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"the preprocessor_config.json of {source!r} cannot be used: {error}"
         ) from error
-    return Learner(module, partial(_preprocess, **processing))
+    return Learner(module, partial(preprocess_images, **processing))
 
 
 def _check_body(source: str, module: Any, loaded: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ def _check_body(source: str, module: Any, loaded: dict[str, Any]) -> None:
         )
 
 
-def _processing(source: str, revision: str | None, config: Any) -> dict[str, Any]:
+def image_processing(source: str, revision: str | None, config: Any) -> dict[str, Any]:
     """Size, mean and deviation from the model's image processor, as far as it has one."""
     from transformers.utils import cached_file
 
@@ -105,13 +105,14 @@ def _processing(source: str, revision: str | None, config: Any) -> dict[str, Any
     }
 
 
-def _preprocess(
+def preprocess_images(
     images: Tensor,
     size: tuple[int, int] | None,
     mean: tuple[float, ...],
     deviation: tuple[float, ...],
     channels: int,
 ) -> Tensor:
+    """Images (B, C, H, W) as the model takes them: channels, size, mean and deviation."""
     pixels = to_unit_range(images)
     if pixels.shape[1] == 1 and channels > 1:
         pixels = pixels.expand(-1, channels, -1, -1)
