@@ -30,9 +30,10 @@ format: $(VENV)/.installed-dev  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(VENV)/.installed  ## steps per second against a bare loop (AVALANCHE=python adds that peer), the cost of averaging
+benchmarks: $(VENV)/.installed  ## steps per second against a bare loop (AVALANCHE=python adds that peer), the cost of averaging, merging against mergekit
 	$(BIN)/python benchmarks/step_overhead.py $(if $(AVALANCHE),--avalanche $(AVALANCHE))
 	$(BIN)/python benchmarks/averaging.py
+	$(BIN)/python benchmarks/merge_vs_mergekit.py
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) $(VENV_COMPOSER) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tests.support.merging import tensors_of, write_model
 from torch import nn
 
 from stockpot.experiment import load_experiment
 from stockpot.experiment.plan import make_plan
+from stockpot.merging.recipe import load_recipe
+from stockpot.merging.settings import METHODS as MERGE_METHODS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")])
@@ -29,7 +32,33 @@ def blocks(language):
 def test_yaml_examples_are_experiments(text, tmp_path):
     path = tmp_path / "example.yaml"
     path.write_text(text)
-    assert load_experiment(path).methods
+    if text.startswith("method:"):
+        recipe, _ = load_recipe(path)
+        assert recipe.points()
+    else:
+        assert load_experiment(path).methods
+
+
+def test_the_python_of_merging_runs(tmp_path):
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs/merging.md").read_text(), re.M | re.S
+    )
+    shapes = {"w": (8, 8)}
+    base = tensors_of(0, shapes, "BF16")
+    scope = {"base": str(write_model(tmp_path / "base", base)), "out": str(tmp_path / "out")}
+    for number, name in enumerate(("math", "law")):
+        model = tensors_of(number + 1, shapes, "BF16", base)
+        scope[name] = str(write_model(tmp_path / name, model))
+    exec(code, scope)  # the document's own words
+    assert scope["result"].tensors == 1
+
+
+def test_every_merge_method_and_option_is_in_the_docs():
+    page = (ROOT / "docs/merging.md").read_text()
+    for name, method in MERGE_METHODS.items():
+        assert f"`{name}`" in page
+        for option in method.model_fields:
+            assert f"-{option.replace('_', '-')}`" in page or f"`--{option}" in page, (name, option)
 
 
 def test_the_loop_of_the_readme_runs():

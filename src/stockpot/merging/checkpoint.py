@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stockpot.errors import StockpotError
+from stockpot.errors import StockpotError, nearest
 from stockpot.merging.dtypes import BYTES
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "open_checkpoint"]
@@ -132,9 +132,13 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
 def _from_hub(text: str, path: Path) -> Path:
     looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1 or path.parent.is_dir()
     if looks_local:
+        parent = path.parent
+        siblings = [each.name for each in parent.iterdir()] if parent.is_dir() else []
+        hint = nearest(path.name, siblings)
+        hint = hint if "did you mean" in hint else ""
         raise CheckpointError(
-            f"{text} does not exist; give a folder with safetensors files, one such file, or a "
-            "hub id such as org/name"
+            f"{text} does not exist{hint}; give a folder with safetensors files, one such file, or "
+            "a hub id such as org/name"
         )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -34,8 +34,6 @@ assert set(DTYPES.values()) == set(FLOATING)
 
 _T = TypeVar("_T")
 
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
-
 
 class Input(BaseModel):
     """One model of a recipe."""
@@ -45,9 +43,17 @@ class Input(BaseModel):
     model: str = Field(description="folder, safetensors file or hub id")
     weight: float | None = Field(None, allow_inf_nan=False, description="how much it counts")
     fisher: str | None = Field(None, description="safetensors file with its Fisher values")
-    sha256: Sha256 | dict[str, Sha256] | None = Field(
+    sha256: str | dict[str, str] | None = Field(
         None, description="stated hash of its one file, or of each file by name"
     )
+
+    @field_validator("sha256")
+    @classmethod
+    def _sha256(cls, value: str | dict[str, str] | None) -> str | dict[str, str] | None:
+        for text in [value] if isinstance(value, str) else (value or {}).values():
+            if not re.fullmatch("[0-9a-fA-F]{64}", text):
+                raise ValueError(f"{text!r} is no SHA-256: 64 hexadecimal digits")
+        return value
 
 
 class MergeRecipe(BaseModel):
