@@ -227,7 +227,9 @@ def test_killed_at_random_points_and_run_again(
     while not out.exists():
         process = subprocess.Popen(command(large, out, "--trim", trim), env=environment)
         if kills < 4:
-            time.sleep(0.5 + rng.random() * 2)
+            while process.poll() is None and not (tmp_path / ".out.partial" / ".lock").exists():
+                time.sleep(0.01)
+            time.sleep(rng.random() * 0.5)
             process.send_signal(signal.SIGKILL)
             kills += process.wait() == -signal.SIGKILL
             if not out.exists():

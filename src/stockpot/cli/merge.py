@@ -12,6 +12,8 @@ import typer
 from stockpot.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from stockpot.merging.on_disk import MergeResult, Settings
     from stockpot.merging.recipe import MergeRecipe
 
@@ -231,7 +233,7 @@ def _recipe(
 ) -> tuple[MergeRecipe, list[str]]:
     from stockpot.merging.recipe import load_recipe, make_recipe, parse_model, parse_sweep
 
-    swept = dict(map(parse_sweep, sweeps))
+    swept = _once("--sweep", map(parse_sweep, sweeps))
     if what.endswith((".yaml", ".yml")):
         changed = {key for key, value in common.items() if value not in (None, "error", "same")}
         if models or parameters or weights or fishers or swept or changed:
@@ -254,10 +256,19 @@ def _recipe(
         "method": what,
         "models": entries,
         "parameters": parameters,
-        "weights": dict(map(_pattern, weights)),
+        "weights": _once("--weights", map(_pattern, weights)),
         "sweep": swept,
     }
     return make_recipe(recipe), []
+
+
+def _once(option: str, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigError(f"{option}: {key!r} is given twice")
+        found[key] = value
+    return found
 
 
 def _pattern(text: str) -> tuple[str, list[float]]:

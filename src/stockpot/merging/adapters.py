@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,10 +27,16 @@ from stockpot.files import exclusive, write_json, write_text
 from stockpot.merging.arrays import Array
 from stockpot.merging.card import adapter_card, recipe_text
 from stockpot.merging.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
-from stockpot.merging.dtypes import FLOATING, looks_finite, narrow, stored_as, widen
+from stockpot.merging.dtypes import FLOATING, fits, looks_finite, narrow, stored_as, widen
 from stockpot.merging.formulas import Facts, Notes, Part, Rule
-from stockpot.merging.output import header_of, publish, staging_of
-from stockpot.merging.plan import Entry, MergePlan
+from stockpot.merging.output import (
+    clear,
+    header_of,
+    publish,
+    refuse_inputs_in,
+    staging_of,
+)
+from stockpot.merging.plan import Entry, MergePlan, check_patterns, refuse_quantised
 from stockpot.merging.recipe import DTYPES, MergeRecipe
 from stockpot.merging.settings import Context, Lora
 from stockpot.merging.shares import Shares
@@ -113,6 +118,12 @@ def open_adapter(source: str) -> Adapter:
         if set(pair) != {"A", "B"}:
             lacking = ({"A", "B"} - set(pair)).pop()
             raise CheckpointError(f"{source}: {module} has no lora_{lacking}")
+        for factor, values in pair.items():
+            if values.ndim < 2 or not values.size:
+                raise CheckpointError(
+                    f"{source}: lora_{factor} of {module} has the shape {list(values.shape)}; a "
+                    "factor is a matrix"
+                )
         a = pair["A"].reshape(pair["A"].shape[0], -1)
         b = pair["B"].reshape(pair["B"].shape[0], -1)
         if b.shape[1] != a.shape[0]:
@@ -120,7 +131,7 @@ def open_adapter(source: str) -> Adapter:
                 f"{source}: the factors of {module} have ranks {a.shape[0]} and {b.shape[1]}"
             )
         transposed = module in embeddings or bool(config.get("fan_in_fan_out"))
-        products[module] = Product(a, b, _scale(config, module, a.shape[0]), transposed)
+        products[module] = Product(a, b, _scale(source, config, module, len(a)), transposed)
     return Adapter(checkpoint, products, whole)
 
 
@@ -141,14 +152,22 @@ def _refuse_kinds(source: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _scale(config: Mapping[str, Any], module: str, rank: int) -> float:
+def _scale(source: str, config: Mapping[str, Any], module: str, rank: int) -> float:
     """Alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA; patterns as PEFT matches them."""
-    alpha = float(config.get("lora_alpha") or rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
-            alpha = float(value)
-            break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alpha = config.get("lora_alpha")
+    try:
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                alpha = value
+                break
+        number = float(8 if alpha is None else alpha)  # PEFT's default
+        if not math.isfinite(number):
+            raise ValueError(number)
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise CheckpointError(
+            f"{source}: adapter_config.json: lora_alpha and alpha_pattern must be numbers: {error}"
+        ) from error
+    return number / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def read_tensor(info: TensorInfo) -> np.ndarray:
@@ -206,6 +225,7 @@ class LoraInto(Rule):
     def _change(self, name: str, product: Product, start: int, size: int) -> np.ndarray:
         left, right = product.factors()
         columns = self.columns[name]
+        columns = max(1, columns)
         rows = max(1, _ROWS_OF // columns)
         first = start // columns // rows * rows
         last = -(-(start + size) // columns)
@@ -249,6 +269,7 @@ def make_adapter_plan(recipe: MergeRecipe) -> AdapterPlan:
     """
     assert recipe.base is not None
     base = open_checkpoint(recipe.base.model)
+    refuse_quantised(base)
     adapters = [open_adapter(model.model) for model in recipe.models]
     products: dict[str, list[tuple[int, Product]]] = {}
     wholes: dict[str, list[int]] = {}
@@ -258,6 +279,11 @@ def make_adapter_plan(recipe: MergeRecipe) -> AdapterPlan:
             name = _name_in(base, f"{module}.weight", adapter)
             left, right = product.factors()
             shape = base.tensors[name].shape
+            if base.tensors[name].dtype not in FLOATING:
+                raise CheckpointError(
+                    f"{base.source}: {name!r} is {base.tensors[name].dtype}, to which nothing can "
+                    "be added; merge into the weights that it was made from"
+                )
             if (left.shape[0], right.shape[1]) != (shape[0], math.prod(shape[1:])):
                 raise CheckpointError(
                     f"{adapter.checkpoint.source}: the product for {module} is "
@@ -271,8 +297,14 @@ def make_adapter_plan(recipe: MergeRecipe) -> AdapterPlan:
                     f"{adapter.checkpoint.source}: {tensor} has the shape {list(info.shape)}, the "
                     f"base's {list(base.tensors[name].shape)}"
                 )
+            if {info.dtype, base.tensors[name].dtype} - set(FLOATING):
+                raise CheckpointError(
+                    f"{adapter.checkpoint.source}: {tensor} is {info.dtype}, the base's "
+                    f"{base.tensors[name].dtype}; both must be floating"
+                )
             wholes.setdefault(name, []).append(number)
             infos.setdefault(name, []).append(info)
+    check_patterns(recipe, [*products, *wholes])
     dtype = DTYPES[recipe.dtype] if recipe.dtype else None
     entries = []
     for name, info in base.tensors.items():
@@ -315,14 +347,16 @@ def average_adapters(recipe: MergeRecipe, output: Path, settings: Settings) -> M
 
     began = time.monotonic()
     adapters = [open_adapter(model.model) for model in recipe.models]
+    refuse_inputs_in(output, [adapter.checkpoint for adapter in adapters])
+    check_patterns(recipe, [name for each in adapters for name in (*each.products, *each.whole)])
     hasher = make_hasher(recipe, tuple(a.checkpoint for a in adapters), settings, None)
     if hasher is not None:
         hasher.start()
     outputs, notes, written, count = [], [], 0, 0
     staging = staging_of(output)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    staging.mkdir(parents=True, exist_ok=True)
     with exclusive(staging):
+        clear(staging)
         hashes = hasher.result() if hasher else {}
         for point in recipe.points():
             method = point.method
@@ -458,8 +492,10 @@ def _write(path: Path, tensors: Mapping[str, np.ndarray], dtype: str) -> int:
     with path.open("wb") as file:
         file.write(header)
         for name, values in tensors.items():
-            if not np.isfinite(values).all():
-                raise NonFiniteError(f"tensor {name!r}: merged values are not finite")
+            if values.size and not fits(values, dtype):
+                raise NonFiniteError(
+                    f"tensor {name!r}: merged values overflow {dtype}; merge in a wider --dtype"
+                )
             file.write(np.ascontiguousarray(narrow(values.reshape(-1), dtype)).tobytes())
         file.flush()
         os.fsync(file.fileno())

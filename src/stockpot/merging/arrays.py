@@ -18,7 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Array", "NumpyOps", "Ops", "lerp", "ops_for", "weighted_sum"]
+__all__ = ["Array", "NumpyOps", "Ops", "lerp", "not_finite", "ops_for", "weighted_sum"]
 
 Array: TypeAlias = Any
 """A numpy array or a torch tensor, of float32 or float64."""
@@ -240,15 +240,19 @@ def lerp(start: Array, end: Array, weight: float) -> Array:
     """``(1 - weight) * start + weight * end``; exactly ``start`` at 0 and ``end`` at 1."""
     if weight in (0.0, 1.0):
         return (end if weight else start) * 1.0
-    difference = end - start
-    if math.isfinite(float(difference.sum())):
-        # From the nearer end, as torch.lerp: monotonous, and exact where both are equal.
-        if weight < 0.5:
-            difference *= weight
-            difference += start
-            return difference
-        difference *= weight - 1.0
-        difference += end
-        return difference
+    result = end - start
+    # From the nearer end, as torch.lerp: monotonous, and exact where both are equal.
+    result *= weight if weight < 0.5 else weight - 1.0
+    result += start if weight < 0.5 else end
     # The difference may overflow where the mean does not.
-    return start * (1.0 - weight) + end * weight
+    places = not_finite(result)
+    if places is not None:
+        result[places] = start[places] * (1.0 - weight) + end[places] * weight
+    return result
+
+
+def not_finite(array: Array) -> Array | None:
+    """A mask of infinities and NaN; None, at the cost of a sum, if there are none."""
+    if math.isfinite(float(array.sum())):
+        return None
+    return (array - array) != 0

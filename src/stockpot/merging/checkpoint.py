@@ -97,7 +97,7 @@ class Checkpoint:
             return {}
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
         if not isinstance(value, dict):
             raise CheckpointError(f"{path} must hold a JSON mapping")
@@ -119,7 +119,7 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
             file.
     """
     text = os.fspath(source)
-    path = Path(text).expanduser()
+    path = Path(os.path.expanduser(text))
     if path.is_file():
         if path.suffix in _PICKLES:
             _refuse_pickle(path)
@@ -296,7 +296,7 @@ def _entry(name: str, entry: Any, path: Path, data: int) -> TensorInfo | str:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         return "needs dtype, shape and two data_offsets"
-    if dtype not in BYTES:
+    if not isinstance(dtype, str) or dtype not in BYTES:
         return f"has the unknown dtype {dtype!r}"
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(isinstance(number, int) and number >= 0 for number in numbers):

@@ -15,6 +15,7 @@ __all__ = [
     "FLOATING",
     "QUANTISED",
     "as_bytes",
+    "fits",
     "looks_finite",
     "narrow",
     "stored_as",
@@ -103,6 +104,13 @@ def narrow(values: np.ndarray, dtype: str) -> np.ndarray:
     rounded += bits
     rounded >>= 16
     return rounded.astype(np.uint16)
+
+
+def fits(values: np.ndarray, dtype: str) -> bool:
+    """Whether all numbers are finite in a format."""
+    # The extremes tell: rounding keeps order, and numpy's pass on NaN.
+    extremes = np.array([values.min(), values.max()])
+    return bool(np.isfinite(widen(narrow(extremes, dtype), dtype, np.empty(2))).all())
 
 
 def _to_odd(values: np.ndarray) -> np.ndarray:

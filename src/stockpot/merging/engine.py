@@ -26,7 +26,7 @@ from stockpot.errors import NonFiniteError
 from stockpot.files import read_json, write_json
 from stockpot.merging.arrays import Array, ops_for
 from stockpot.merging.checkpoint import CheckpointError
-from stockpot.merging.dtypes import as_bytes, narrow, stored_as, widen
+from stockpot.merging.dtypes import as_bytes, fits, narrow, stored_as
 from stockpot.merging.formulas import Facts, Notes, Part, Rule
 from stockpot.merging.hashing import Hasher
 from stockpot.merging.output import ModelFolder
@@ -86,6 +86,7 @@ class Engine:
         plan: what to merge.
         outputs: one per point of the plan.
         staging: folder for the ledger.
+        token: tells this merge from others; the ledger of another is not followed.
         threads: workers; each computes on one core.
         chunk: elements of a unit, rounded up to a multiple of 4,096.
         device: where to compute.
@@ -98,6 +99,7 @@ class Engine:
         plan: MergePlan,
         outputs: Sequence[ModelFolder],
         staging: Path,
+        token: str,
         threads: int,
         chunk: int,
         device: str = "cpu",
@@ -107,6 +109,7 @@ class Engine:
         self._plan = plan
         self._outputs = outputs
         self._state_path = staging / "merge-state.json"
+        self._token = token
         self._threads = threads
         self._chunk = max(BLOCK, -(-chunk // BLOCK) * BLOCK)
         self._hasher = hasher
@@ -152,9 +155,8 @@ class Engine:
             self._settle_majority(ledger)
 
     def _open_ledger(self) -> _Ledger:
-        fingerprint = self._plan.fingerprint()
         fresh = _Ledger(
-            fingerprint,
+            self._token,
             self._chunk,
             balance=[0] * len(self._rules),
             undecided=[[] for _ in self._rules],
@@ -162,7 +164,7 @@ class Engine:
         if not self._state_path.is_file():
             return fresh
         ledger = _Ledger(**read_json(self._state_path))
-        return ledger if (ledger.plan, ledger.chunk) == (fingerprint, self._chunk) else fresh
+        return ledger if (ledger.plan, ledger.chunk) == (self._token, self._chunk) else fresh
 
     def _windows(self) -> Iterator[tuple[int, int]]:
         """Ranges of units that are surveyed and then merged."""
@@ -195,6 +197,7 @@ class Engine:
         failures: list[BaseException] = []
 
         def worker() -> None:
+            np.seterr(all="ignore")  # of this thread; what is not finite is found and named
             while not failures:
                 with self._lock:
                     number = next(pending, None)
@@ -283,9 +286,7 @@ class Engine:
         values = ops_for(merged).to_numpy(merged)
         if not values.size:
             return
-        # The extremes tell: rounding keeps order, and numpy's pass on NaN.
-        extremes = np.array([values.min(), values.max()])
-        if not np.isfinite(widen(narrow(extremes, entry.dtype), entry.dtype, np.empty(2))).all():
+        if not fits(values, entry.dtype):
             raise NonFiniteError(
                 f"tensor {entry.name!r}: merged values overflow {entry.dtype}; lower the scale or "
                 "the weights, or merge in a wider --dtype"

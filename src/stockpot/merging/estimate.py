@@ -9,7 +9,7 @@ from typing import Any
 
 from stockpot.errors import ConfigError
 from stockpot.merging.on_disk import Settings, make_hasher, output_folders
-from stockpot.merging.output import staging_of
+from stockpot.merging.output import absolute, staging_of
 from stockpot.merging.plan import MergePlan, make_plan, method_of
 from stockpot.merging.recipe import MergeRecipe
 
@@ -90,7 +90,7 @@ def estimate(recipe: MergeRecipe, output: Path, settings: Settings) -> Estimate:
     plan = make_plan(recipe)
     hasher = make_hasher(recipe, plan.inputs, settings, None)
     hashes = hasher.placeholders() if hasher else {}
-    folders = output_folders(plan, staging_of(output), settings.shard_bytes, hashes)
+    folders = output_folders(plan, staging_of(absolute(output)), settings.shard_bytes, hashes)
     surveyed = _surveyed(plan)
     names = [str(output / point.name) if point.name else str(output) for point in plan.points]
     return Estimate(

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from stockpot.merging.arrays import Array, lerp, ops_for, weighted_sum
+from stockpot.merging.arrays import Array, lerp, not_finite, ops_for, weighted_sum
 from stockpot.merging.shares import Shares
 
 __all__ = [
@@ -129,8 +129,9 @@ class Linear(Rule):
         if self.normalize:
             total /= math.fsum(shares)
             # A sum may overflow where the mean does not.
-            if not math.isfinite(float(total.sum())):
-                total = weighted_sum(part.models, self.shares.of(part.name, normalize=True))
+            if (places := not_finite(total)) is not None:
+                few = [model[places] for model in part.models]
+                total[places] = weighted_sum(few, self.shares.of(part.name, normalize=True))
         return total
 
 
@@ -265,6 +266,8 @@ class _Electing(Rule):
         """Consumes `deltas`."""
         assert part.base is not None
         shares = self.shares.of(part.name, normalize=False)
+        # Only ratios matter; a largest weight of 1 keeps products of the others in range.
+        shares = [share / max(shares) for share in shares]
         # Coordinates that sum to 0 take the majority's sign. Without a majority, negative entries
         # are averaged, as in the authors' implementation.
         ops = ops_for(deltas[0])
@@ -473,9 +476,13 @@ class Fisher(Rule):
         if self.normalize:
             norms = [math.sqrt(row[i]) for i, row in enumerate(facts.products[""])]
             shares = [share / norm for share, norm in zip(shares, norms, strict=True)]
+            shares = [share / max(shares) for share in shares]  # only ratios matter
         ops = ops_for(part.models[0])
         numerator = denominator = part.models[0] * 0.0
         for model, values, share in zip(part.models, part.fishers, shares, strict=True):
+            if len(values) and float(values.min()) < 0.0:
+                notes.problem = "a Fisher value is negative; it is a mean of squares"
+                return numerator
             weight = ops.floored(values, self.floor) * share
             numerator = numerator + weight * model
             denominator = denominator + weight

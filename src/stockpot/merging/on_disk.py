@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,15 @@ from stockpot.files import exclusive
 from stockpot.merging.card import model_card, recipe_text
 from stockpot.merging.checkpoint import Checkpoint, CheckpointError
 from stockpot.merging.hashing import HASHES, Hasher
-from stockpot.merging.output import ModelFolder, publish, refuse_existing, staging_of
+from stockpot.merging.output import (
+    ModelFolder,
+    absolute,
+    clear,
+    publish,
+    refuse_existing,
+    refuse_inputs_in,
+    staging_of,
+)
 from stockpot.merging.plan import MergePlan, make_plan
 from stockpot.merging.recipe import Input, MergeRecipe, make_recipe
 
@@ -148,16 +155,14 @@ def merge_recipe(
 ) -> MergeResult:
     """Merge by a recipe; see `merge`."""
     began = time.monotonic()
-    output = Path(os.path.abspath(output))
+    output = absolute(output)
     refuse_existing(output, settings.overwrite)
     if recipe.method == "lora" and recipe.base is None:
         from stockpot.merging.adapters import average_adapters
 
         return average_adapters(recipe, output, settings)
     plan = make_plan(recipe)
-    for path in {path for checkpoint in plan.inputs for path in checkpoint.files}:
-        if output in path.resolve().parents:
-            raise StockpotError(f"{path} is an input; write to another folder than {output}")
+    refuse_inputs_in(output, plan.inputs)
     hasher = make_hasher(plan.recipe, plan.inputs, settings, progress)
     if hasher is not None:
         hasher.start()
@@ -197,10 +202,9 @@ def _make(
     # The header's length must be known at once, the hashes are known last.
     provisional = hasher.placeholders() if hasher else {}
     outputs = output_folders(plan, staging, settings.shard_bytes, provisional)
-    state = staging / "merge-state.json"
-    if state.is_file() and not _goes_on(state, plan):
-        shutil.rmtree(staging)
-        staging.mkdir()
+    token = f"{plan.fingerprint()} {settings.shard_bytes}"
+    if not _goes_on(staging / "merge-state.json", token):
+        clear(staging)
     try:
         for each in outputs:
             each.open()
@@ -210,6 +214,7 @@ def _make(
             plan,
             outputs,
             staging,
+            token,
             settings.workers,
             settings.chunk,
             settings.device,
@@ -234,9 +239,10 @@ def _make(
     return notes, sum(each.nbytes for each in outputs)
 
 
-def _goes_on(state: Path, plan: MergePlan) -> bool:
+def _goes_on(state: Path, token: str) -> bool:
+    """Whether what lies in the staging folder is of this very merge."""
     try:
-        return bool(json.loads(state.read_text())["plan"] == plan.fingerprint())
+        return bool(json.loads(state.read_text())["plan"] == token)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -26,7 +26,16 @@ from stockpot.merging.checkpoint import Checkpoint, open_checkpoint
 from stockpot.merging.dtypes import BYTES
 from stockpot.merging.plan import Entry
 
-__all__ = ["ModelFolder", "header_of", "publish", "refuse_existing", "staging_of"]
+__all__ = [
+    "ModelFolder",
+    "absolute",
+    "clear",
+    "header_of",
+    "publish",
+    "refuse_existing",
+    "refuse_inputs_in",
+    "staging_of",
+]
 
 _COPIED = (
     "generation_config.json",
@@ -91,6 +100,7 @@ class ModelFolder:
             DiskFullError: if they do not fit.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
+        _allow_many_files()
         for shard in self._shards:
             header = self._headers[shard.path]
             with space_errors(shard.path):
@@ -186,6 +196,15 @@ class ModelFolder:
         write_text(self.folder / name, text)
 
 
+def _allow_many_files() -> None:
+    """A sweep holds all files of all its points open at once."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def header_of(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
@@ -241,11 +260,52 @@ def refuse_existing(output: Path, overwrite: bool) -> None:
     Raises:
         StockpotError: if the output exists and ``overwrite`` is False, or it is a file.
     """
-    if output.is_file() or output.is_symlink():
-        raise StockpotError(f"{output} is a file or a link; give a folder with -o")
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise StockpotError(f"{output} is no folder; give one, or a new name, with -o")
     if not output.exists() or overwrite or not any(output.iterdir()):
         return
     raise StockpotError(f"{output} exists and was not touched; --overwrite replaces it")
+
+
+def absolute(output: Path) -> Path:
+    """Without ``.`` and ``..``, since a folder is made beside it.
+
+    Raises:
+        StockpotError: if it has no name to be given.
+    """
+    found = Path(os.path.abspath(output))
+    if not found.name:
+        raise StockpotError(f"{output} cannot be an output; name a folder with -o")
+    return found
+
+
+def refuse_inputs_in(output: Path, inputs: Sequence[Checkpoint]) -> None:
+    """Refuse an output that would replace what it is made from.
+
+    Raises:
+        StockpotError: if an input, or a folder that leads to it, is the output or lies in it.
+    """
+    place = output.resolve()
+    for checkpoint in inputs:
+        # The neighbours of a file given by itself are not read.
+        folder = () if checkpoint.single_file else (checkpoint.folder,)
+        for path in (*folder, *checkpoint.files):
+            # As it is named, and where links lead: replacing either would lose it.
+            named = Path(os.path.abspath(path))
+            for way in (named, named.parent.resolve() / named.name, named.resolve()):
+                if {output, place} & {way, *way.parents}:
+                    raise StockpotError(
+                        f"{path} is an input; write to another folder than {output}"
+                    )
+
+
+def clear(staging: Path) -> None:
+    """Remove what another merge left, but for the lock that is held."""
+    for path in staging.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != ".lock":
+            path.unlink()
 
 
 def publish(staging: Path, output: Path) -> None:

@@ -21,7 +21,7 @@ from stockpot.merging.dtypes import FLOATING, QUANTISED
 from stockpot.merging.recipe import DTYPES, MergeRecipe, Point
 from stockpot.merging.settings import METHODS, Context
 
-__all__ = ["Entry", "MergePlan", "make_plan", "method_of"]
+__all__ = ["Entry", "MergePlan", "check_patterns", "make_plan", "method_of", "refuse_quantised"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class MergePlan:
         return Context(
             shares=self.recipe.shares(),
             names=tuple(entry.name for entry in self.entries),
-            labels=tuple(_label(model.model) for model in self.recipe.models),
+            labels=_labels([model.model for model in self.recipe.models]),
         )
 
     @property
@@ -108,9 +108,17 @@ class MergePlan:
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
-def _label(source: str) -> str:
-    """Without the place: a merge gives the same numbers wherever the models lie."""
-    return Path(source).name
+def _labels(sources: Sequence[str]) -> tuple[str, ...]:
+    """The ends of the paths that tell models apart.
+
+    Not the whole paths: a merge gives the same numbers wherever the models lie.
+    """
+    parts = [Path(source).parts for source in sources]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(each[-length:]) for each in parts]
+        if len(set(labels)) == len(labels):
+            break
+    return tuple(labels)
 
 
 def make_plan(recipe: MergeRecipe) -> MergePlan:
@@ -137,7 +145,7 @@ def make_plan(recipe: MergeRecipe) -> MergePlan:
                 f"{checkpoint.source} is an adapter, whose factors have no mean of their own; use "
                 "method 'lora', which merges products"
             )
-        _refuse_quantised(checkpoint)
+        refuse_quantised(checkpoint)
     notes: list[str] = []
     tables = [dict(checkpoint.tensors) for checkpoint in inputs]
     changes = _settle_tied(inputs, tables, notes)
@@ -154,14 +162,28 @@ def make_plan(recipe: MergeRecipe) -> MergePlan:
         values = _fishers_for(name, first, fishers) if floating else ()
         wanted = dtype if dtype and floating else first.dtype
         entries.append(Entry(name, wanted, first.shape, start, theta, values))
-    if unmatched := recipe.shares().unmatched(names):
-        hint = nearest(unmatched[0].strip("*"), names)
-        raise ConfigError(f"weights: no tensor's name matches {unmatched[0]!r}{hint}")
+    check_patterns(recipe, names)
     return MergePlan(recipe, points, base, models, fishers, tuple(entries), tuple(notes), changes)
 
 
-def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    if "quantization_config" in checkpoint.config:
+def check_patterns(recipe: MergeRecipe, names: Sequence[str]) -> None:
+    """Refuse weights by a pattern that no name matches: it is most likely misspelt.
+
+    Raises:
+        ConfigError: with the nearest name.
+    """
+    if unmatched := recipe.shares().unmatched(names):
+        hint = nearest(unmatched[0].strip("*"), names)
+        raise ConfigError(f"weights: no tensor's name matches {unmatched[0]!r}{hint}")
+
+
+def refuse_quantised(checkpoint: Checkpoint) -> None:
+    """Refuse codes, which have no mean.
+
+    Raises:
+        CheckpointError: if the model is quantised, or a tensor's scales are elsewhere.
+    """
+    if checkpoint.config.get("quantization_config"):
         raise CheckpointError(
             f"{checkpoint.source} is quantised (config.json has quantization_config): its tensors "
             "are codes, which have no mean. Merge the weights it was made from"
@@ -307,7 +329,8 @@ def _vocabulary_hint(
 ) -> str:
     """Differing first dimensions that are the vocabularies' sizes are the usual reason."""
     sizes = [each.config.get("vocab_size") for each in (checkpoint, reference)]
-    if info.shape[1:] == first.shape[1:] and sizes == [info.shape[:1][0], first.shape[:1][0]]:
+    rows = [list(each.shape[:1]) for each in (info, first)]
+    if info.shape[1:] == first.shape[1:] and rows == [[size] for size in sizes]:
         return (
             f"; their vocabularies have {sizes[0]:,} and {sizes[1]:,} words. Resize the "
             "embeddings of one (model.resize_token_embeddings) and save it anew"
@@ -326,10 +349,11 @@ def _check_vocabulary(recipe: MergeRecipe, inputs: Sequence[Checkpoint], notes: 
         reference, expected = known[0]
         if words == expected:
             continue
-        differing = sum(words.get(word) != number for word, number in expected.items())
+        both = words.keys() | expected.keys()
+        differing = sum(words.get(word) != expected.get(word) for word in both)
         text = (
             f"the tokenizers of {checkpoint.source} and {reference.source} differ: {differing:,} "
-            f"of {len(expected):,} words have another number or none"
+            f"of {len(both):,} words have another number, or none in one of them"
         )
         if recipe.tokenizers == "same":
             raise CheckpointError(
@@ -344,12 +368,14 @@ def _words(checkpoint: Checkpoint) -> dict[str, int] | None:
     if not path.is_file():
         return None
     try:
-        words = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if isinstance(words, list):  # unigram models: pairs of word and score, by number
-        return {str(pair[0]): number for number, pair in enumerate(words)}
-    return dict(words)
+        described = json.loads(path.read_text(encoding="utf-8"))
+        words = described.get("model", {}).get("vocab", {})
+        if isinstance(words, list):  # unigram models: pairs of word and score, by number
+            words = {str(pair[0]): number for number, pair in enumerate(words)}
+        added = described.get("added_tokens") or []
+        return {**words, **{str(token["content"]): token["id"] for token in added}}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error!r}") from error
 
 
 def _fishers_for(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -157,7 +158,9 @@ def _sentence(kind: type[BaseModel], item: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float) and float(f"{value:g}") == value:
+        return f"{value:g}"
+    return str(value)
 
 
 def _as_input(value: Any) -> Any:
@@ -224,6 +227,10 @@ def load_recipe(path: Path) -> tuple[MergeRecipe, list[str]]:
             values, notes = translate(values)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"{path}: this recipe of mergekit is not understood: {error!r}"
+            ) from error
         places = {}
     # Relative paths of a file are meant from where the command runs, as on the command line.
     return make_recipe(values, places, str(path)), notes
@@ -279,6 +286,8 @@ def _problems(recipe: MergeRecipe) -> list[tuple[tuple[Key, ...], str]]:
     for key in recipe.sweep:
         if not recipe.sweep[key]:
             found.append((("sweep", key), f"{key!r} has no values"))
+        if key in recipe.parameters:
+            found.append((("sweep", key), f"{key!r} is swept and has a single value as well"))
     count = len(recipe.models)
     fewest, most = kind.fewest, kind.most
     if recipe.method == "slerp" and recipe.base is not None:
@@ -289,12 +298,29 @@ def _problems(recipe: MergeRecipe) -> list[tuple[tuple[Key, ...], str]]:
     if kind.needs_base and recipe.base is None:
         text = f"method {recipe.method!r} needs the model that the others were tuned from (--base)"
         found.append(((), text))
+    if recipe.base is not None and not kind.takes_base:
+        text = f"method {recipe.method!r} uses no base; to merge it, name it as a model"
+        found.append((("base",), text))
+    if recipe.method == "lora":
+        found += _lora_problems(recipe)
     if recipe.missing == "base" and recipe.base is None:
         found.append((("missing",), "'base' needs a base"))
     found += _fisher_problems(recipe, kind)
     for pattern, name in _named_twice(recipe):
         found.append((("models",), f"{name} is given twice{pattern}"))
     return found
+
+
+def _lora_problems(recipe: MergeRecipe) -> list[tuple[tuple[Key, ...], str]]:
+    if recipe.base is not None:
+        if {"rank"} & (recipe.parameters.keys() | recipe.sweep.keys()):
+            return [(("parameters", "rank"), "'rank' is of averages without a base")]
+        return []
+    try:
+        recipe.shares().check_totals()
+    except ValueError as error:
+        return [(("models",), str(error))]
+    return []
 
 
 def _fisher_problems(
@@ -315,7 +341,7 @@ def _fisher_problems(
 
 def _named_twice(recipe: MergeRecipe) -> list[tuple[str, str]]:
     """Random draws are keyed by a model's name: two of one name would draw the same."""
-    names = [model.model for model in recipe.models]
+    names = [os.path.abspath(model.model) for model in recipe.models]
     if not recipe.method.startswith("dare"):
         return []
     return [

@@ -40,6 +40,7 @@ class MergeMethod(BaseModel):
     name: ClassVar[str]
     reference: ClassVar[str]
     needs_base: ClassVar[bool] = False
+    takes_base: ClassVar[bool] = True
     needs_fishers: ClassVar[bool] = False
     fewest: ClassVar[int] = 1
     most: ClassVar[int | None] = None
@@ -58,6 +59,7 @@ class Linear(MergeMethod):
 
     name = "linear"
     reference = "Wortsman et al. 2022, arXiv 2203.05482"
+    takes_base = False
 
     normalize: bool = Field(True, description="divide by the sum of the weights")
 
@@ -207,6 +209,7 @@ class Fisher(MergeMethod):
     name = "fisher"
     reference = "Matena & Raffel 2022, arXiv 2111.09832"
     needs_fishers = True
+    takes_base = False
 
     floor: Annotated[float, Field(ge=0.0, le=1e30)] = Field(
         1e-6, description="smallest Fisher value; decides where a value is 0"

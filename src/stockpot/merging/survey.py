@@ -42,7 +42,7 @@ _DEVIATIONS = 6.0
 class InnerProducts:
     """Sums over x_i x_j for all pairs of vectors, exact to the last bit of float64.
 
-    Products are summed in blocks of `BLOCK` elements in the vectors' own precision, and the blocks
+    Products are taken in float64 and summed in blocks of `BLOCK` elements, and the blocks
     by `math.fsum`, which does not depend on order.
     """
 
@@ -53,7 +53,8 @@ class InnerProducts:
         """Take in the next part of each vector; parts begin at multiples of `BLOCK`."""
         for i, left in enumerate(vectors):
             for j in (i,) if diagonal else range(i + 1):
-                sums = _block_sums(left * vectors[j])
+                # In float64: a float32 square overflows from 1e19 on, and is 0 below 1e-23.
+                sums = _block_sums(left.astype(np.float64) * vectors[j])
                 with self._lock:
                     self.sums.setdefault((i, j), []).append(sums)
 
@@ -188,11 +189,13 @@ def vectors_of(kind: str, part: Part) -> list[np.ndarray]:
 
 
 def check_norms(rule: Rule, products: Sequence[Sequence[float]]) -> None:
-    """Refuse Fisher information that has no norm to divide by.
+    """Refuse vectors that have no angle, and Fisher information that has no norm to divide by.
 
     Raises:
-        ValueError: if all values of a model are 0.
+        ValueError: if a product overflows, or all Fisher values of a model are 0.
     """
+    if not all(math.isfinite(product) for row in products for product in row):
+        raise ValueError("its numbers are too large: their squares overflow float64")
     if rule.products_of == "fishers":
         for i, row in enumerate(products):
             if not math.sqrt(row[i]) > 0.0:
