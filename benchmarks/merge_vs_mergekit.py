@@ -251,16 +251,27 @@ def reference(method: str, base: torch.Tensor, tuned: list[torch.Tensor]) -> tor
         angle = torch.arccos(cosine)
         left, right = torch.sin(0.7 * angle), torch.sin(0.3 * angle)
         return ((left * x + right * y) / torch.sin(angle)).bfloat16()
+    stacked = trimmed(start, thetas)
+    sign = stacked.sum(0).sign()
+    agrees = (stacked.sign() == sign) & (stacked != 0)
+    mean = (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+    return (start + mean.view(start.shape)).bfloat16()
+
+
+def trimmed(start: torch.Tensor, thetas: list[torch.Tensor]) -> torch.Tensor:
+    """Task vectors without entries below the k-th smallest magnitude, in rows."""
     rows = []
     for theta in thetas:
         delta = (theta - start).flatten()
         k = delta.numel() - int(delta.numel() * 0.2)
         rows.append(torch.where(delta.abs() >= delta.abs().kthvalue(k).values, delta, 0.0))
-    stacked = torch.stack(rows)
-    sign = stacked.sum(0).sign()
-    agrees = (stacked.sign() == sign) & (stacked != 0)
-    mean = (stacked * agrees).sum(0) / agrees.sum(0).clamp(min=1)
-    return (start + mean.view(start.shape)).bfloat16()
+    return torch.stack(rows)
+
+
+def even_votes(base: torch.Tensor, tuned: list[torch.Tensor]) -> torch.Tensor:
+    """Where task vectors cancel, whose sign one program takes from the model, one as +1."""
+    rows = trimmed(base.float(), [each.float() for each in tuned])
+    return ((rows.sum(0) == 0) & (rows != 0).any(0)).view(base.shape)
 
 
 def differing(method: str, models: list[Path], out: Path) -> float:
@@ -271,6 +282,8 @@ def differing(method: str, models: list[Path], out: Path) -> float:
         base, *tuned = (get(each, name) for each in places)
         expected = reference(method, base, tuned)
         differs = get(found, name) != expected
+        if method == "ties":
+            differs &= ~even_votes(base, tuned)
         wrong += int(differs.sum())
         total += differs.numel()
     return wrong / total

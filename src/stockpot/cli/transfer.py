@@ -71,8 +71,10 @@ def transfer_progress(console: Console) -> Iterator[Callable[[str, int], None]]:
             said = now
             gigabytes, total = done[phase] / 1e9, totals.get(phase, 0) / 1e9
         of = f" of {total:.2f}" if total else ""
+        rate = sum(done.values()) / 1e9 / max(1e-9, now - began)
         console.print(
-            f"{_VERBS.get(phase, phase)}: {gigabytes:.2f}{of} GB, {now - began:.0f} s",
+            f"{_VERBS.get(phase, phase)}: {gigabytes:.2f}{of} GB, {rate:.2f} GB/s, "
+            f"{now - began:.0f} s",
             highlight=False,
             soft_wrap=True,
         )

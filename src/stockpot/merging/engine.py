@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,8 @@ from stockpot.merging.hashing import Hasher
 from stockpot.merging.output import ModelFolder
 from stockpot.merging.plan import Entry, MergePlan
 from stockpot.merging.reading import Reader
-from stockpot.merging.survey import (
-    BLOCK,
-    InnerProducts,
-    OrderStatistics,
-    check_norms,
-    kth_smallest_magnitude,
-    sample_places,
-    vectors_of,
-)
+from stockpot.merging.survey import BLOCK, sample_places
+from stockpot.merging.window import Survey, Unit
 
 __all__ = ["Engine", "Unit"]
 
@@ -50,16 +43,8 @@ _GUESSES = 16
 _ALTERNATIVES_BYTES = 64 << 20
 
 Progress = Callable[[str, int], None]
-"""Called with a phase (``survey``, ``merge``) and bytes of input read since the last call."""
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Elements ``start`` to ``stop`` of one entry."""
-
-    entry: int
-    start: int
-    stop: int
+"""Called with a phase (``survey``, ``merge``) and the bytes of input read since the last call, or,
+negative, how many there will be."""
 
 
 @dataclass
@@ -123,7 +108,6 @@ class Engine:
         )
         self._copied_unlike: set[str] = set()
         self._notes: dict[int, list[Notes]] = {}
-        self._running: set[int] = set()
         self._alternatives: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._alternatives_bytes = 0
         self._lock = threading.Lock()
@@ -146,6 +130,11 @@ class Engine:
 
     def _run(self) -> None:
         ledger = self._open_ledger()
+        if any(rule.products_of is not None or rule.ranks(1 << 53) for rule in self._rules):
+            self._progress("survey", -self._plan.nbytes)
+        self._progress("merge", -self._plan.nbytes)
+        done = self._units[: ledger.done]
+        self._progress("merge", sum(_bytes_of(self._plan.entries[u.entry], u) for u in done))
         keeper = _Keeper(lambda: self._keep(ledger))
         with keeper:
             for first, last in self._windows():
@@ -201,9 +190,8 @@ class Engine:
             while not failures:
                 with self._lock:
                     number = next(pending, None)
-                    if number is None:
-                        return
-                    self._running.add(number)
+                if number is None:
+                    return
                 try:
                     if self._hasher is not None:
                         self._hasher.check()
@@ -211,8 +199,6 @@ class Engine:
                 except BaseException as error:
                     failures.append(error)
                     return
-                with self._lock:
-                    self._running.discard(number)
 
         workers = [threading.Thread(target=worker, daemon=True) for _ in range(self._threads)]
         for each in workers:
@@ -429,9 +415,9 @@ class Engine:
     def _keep(self, ledger: _Ledger) -> None:
         """Bring finished units onto the disk, then write down that they are there."""
         with self._lock:
-            # All units before the first that is running or not yet taken are finished.
+            # A unit has notes when it is written; all before the first without are finished.
             upto = ledger.done
-            while upto in self._notes and upto not in self._running:
+            while upto in self._notes:
                 upto += 1
         for output in self._outputs:
             output.flush()
@@ -439,94 +425,6 @@ class Engine:
         with self._lock:
             kept = asdict(ledger)
         write_json(self._state_path, kept)
-
-
-class Survey:
-    """What one rule must know about a window of units."""
-
-    def __init__(self, rule: Rule, entries: Sequence[Entry], units: Sequence[Unit]) -> None:
-        self._rule = rule
-        self._global = rule.passes_over_whole_model
-        numbers = sorted({unit.entry for unit in units})
-        floating = [entries[number] for number in numbers if not entries[number].copied]
-        self._sizes: dict[str, int] = {}
-        self._members: dict[str, set[str]] = {}
-        for entry in floating:
-            scope = self._scope(entry.name)
-            self._sizes[scope] = self._sizes.get(scope, 0) + entry.numel
-            self._members.setdefault(scope, set()).add(entry.name)
-        self._models = len(floating[0].models) if floating else 0
-        self._ranks = {scope: rule.ranks(size) for scope, size in self._sizes.items()}
-        self.ranked = any(self._ranks.values())
-        self.needed = bool(floating) and (self.ranked or rule.products_of is not None)
-        self._samples: dict[tuple[int, str], list[np.ndarray]] = {}
-        self._orders: dict[tuple[int, str], OrderStatistics] = {}
-        self._products: dict[str, InnerProducts] = {
-            scope: InnerProducts() for scope in self._sizes if rule.products_of is not None
-        }
-
-    def _scope(self, name: str) -> str:
-        return "" if self._global else name
-
-    def elements_of(self, name: str) -> int:
-        """Length of the vector that a tensor belongs to."""
-        return self._sizes[self._scope(name)]
-
-    def sample(self, part: Part) -> None:
-        """Take in some places of a tensor."""
-        for model, delta in enumerate(part.deltas()):
-            magnitudes = _magnitudes(delta)
-            self._samples.setdefault((model, self._scope(part.name)), []).append(magnitudes)
-
-    def begin(self, pool: Executor) -> None:
-        """The sample is complete."""
-
-        def order(item: tuple[tuple[int, str], list[np.ndarray]]) -> OrderStatistics:
-            (_, scope), parts = item
-            sample = np.concatenate(parts)
-            return OrderStatistics(self._sizes[scope], self._ranks[scope], sample)
-
-        items = [item for item in self._samples.items() if self._ranks[item[0][1]]]
-        self._orders = dict(zip((key for key, _ in items), pool.map(order, items), strict=True))
-        self._samples.clear()
-
-    def add(self, part: Part) -> None:
-        """Take in a part; every part once, in any order, from any thread."""
-        scope = self._scope(part.name)
-        if (kind := self._rule.products_of) is not None:
-            self._products[scope].add(vectors_of(kind, part), diagonal=kind == "fishers")
-        if self._ranks[scope]:
-            for model, delta in enumerate(part.deltas()):
-                self._orders[model, scope].add(_magnitudes(delta))
-
-    def facts(self, pool: Executor, parts: Callable[[set[str]], Iterator[Part]]) -> Facts:
-        """The result; what a sample misjudged is found by reading its tensors again."""
-        thresholds = [{scope: list[float]() for scope in self._sizes} for _ in range(self._models)]
-        facts = Facts(thresholds, looked=self.needed)
-        found = pool.map(lambda key: self._orders[key].result(), self._orders)
-        for (model, scope), magnitudes in zip(self._orders, found, strict=True):
-            facts.thresholds[model][scope] = (
-                self._thresholds(model, scope, parts) if magnitudes is None else magnitudes
-            )
-        for scope in self._sizes:
-            if scope in self._products:
-                facts.products[scope] = self._products[scope].matrix(self._models)
-                try:
-                    check_norms(self._rule, facts.products[scope])
-                except ValueError as error:
-                    raise CheckpointError(str(error)) from error
-        return facts
-
-    def _thresholds(
-        self, model: int, scope: str, parts: Callable[[set[str]], Iterator[Part]]
-    ) -> list[float]:
-        """By radix, which needs no sample but reads two times or more."""
-
-        def vectors() -> Iterator[np.ndarray]:
-            for part in parts(self._members[scope]):
-                yield _magnitudes(part.models[model] - part.base)
-
-        return [kth_smallest_magnitude(vectors, rank) for rank in self._ranks[scope]]
 
 
 class _Keeper(threading.Thread):
@@ -557,11 +455,6 @@ class _Keeper(threading.Thread):
             raise self._error
         if isinstance(value, KeyboardInterrupt):
             self._keep()
-
-
-def _magnitudes(delta: Array) -> np.ndarray:
-    magnitudes: np.ndarray = ops_for(delta).to_numpy(abs(delta))
-    return magnitudes
 
 
 def _keep_freed_memory() -> None:

@@ -221,8 +221,6 @@ def _make(
             hasher,
             progress,
         )
-        if progress is not None:
-            progress("merge", -plan.nbytes)
         before = plan.fingerprint()
         notes = engine.run()
         hashes = hasher.result() if hasher else {}
