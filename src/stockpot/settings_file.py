@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from stockpot.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
@@ -26,6 +24,8 @@ def read_yaml(path: Path, expected: str) -> tuple[dict[str, Any], Lines]:
     Raises:
         ConfigError: if it cannot be read, is no YAML mapping, or gives a key twice.
     """
+    import yaml
+
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -44,6 +44,8 @@ def read_yaml(path: Path, expected: str) -> tuple[dict[str, Any], Lines]:
 
 
 def _places(node: Any, at: tuple[Key, ...], path: Path) -> Iterator[tuple[tuple[Key, ...], str]]:
+    import yaml
+
     yield at, f"{path}:{node.start_mark.line + 1}"
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()

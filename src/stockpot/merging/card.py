@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from stockpot import __version__
 from stockpot.merging.checkpoint import Checkpoint
 from stockpot.merging.plan import MergePlan
@@ -29,6 +27,8 @@ def _recipe_of(recipe: MergeRecipe, point: Point) -> dict[str, Any]:
 
 def recipe_text(recipe: MergeRecipe, point: Point) -> str:
     """The recipe as YAML, for ``stockpot merge merge.yaml -o FOLDER``."""
+    import yaml  # only when there is something to write: it takes as long as a check
+
     return yaml.safe_dump(_recipe_of(recipe, point), sort_keys=False, allow_unicode=True)
 
 
@@ -51,6 +51,8 @@ def _card(
     hashes: Mapping[Path, str],
     notes: Sequence[str],
 ) -> str:
+    import yaml
+
     kind = METHODS[recipe.method]
     lines = [
         "---",

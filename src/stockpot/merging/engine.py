@@ -38,7 +38,7 @@ from stockpot.merging.window import Survey, Unit
 __all__ = ["Engine", "Unit"]
 
 _WINDOW_BYTES = 256 << 20
-_KEEP_SECONDS = float(os.environ.get("STOCKPOT_MERGE_KEEP_SECONDS", "2"))
+_KEEP_SECONDS = float(os.environ.get("STOCKPOT_MERGE_KEEP_SECONDS", "0.5"))
 _GUESSES = 16
 _ALTERNATIVES_BYTES = 64 << 20
 
