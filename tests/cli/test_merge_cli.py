@@ -78,6 +78,7 @@ def test_recipe_of_the_command_line(folders: list[Path], tmp_path: Path) -> None
         (["linear", "{0}", "-o", "{0}"], 1, "--overwrite"),
         (["linear", "{0}", "-o", "{out}", "--shard-size", "5XB"], 2, "--shard-size"),
         (["linear", "{0}", "-o", "{out}", "--device", "gpu"], 2, "--device"),
+        (["linear", "{0}", "-o", "{out}", "--device", "cuda:99"], 2, "cannot be used here"),
         (["linear", "{0}", "-o", "{out}", "--hash", "md5"], 2, "md5"),
         (["linear", "{0}", "-o", "{out}", "--weights", "x"], 2, "--weights"),
         (["linear", "{0}", "-o", "{out}", "--missing", "sikp"], 2, "did you mean 'skip'"),

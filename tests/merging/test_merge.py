@@ -92,6 +92,19 @@ METHODS = [
     "lines",
 ]
 BASELESS = ("linear", "slerp")
+DEVICE_METHODS = {
+    "linear": 3,
+    "wise-ft": 1,
+    "slerp": 2,
+    "task-arithmetic": 3,
+    "ties": 3,
+    "dare-linear": 3,
+    "dare-ties": 3,
+    "magmax": 3,
+    "model-stock": 3,
+    "breadcrumbs": 3,
+    "lines": 3,
+}
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F64"])
@@ -174,6 +187,24 @@ def test_same_bytes_for_any_threads_and_chunks(method: str, models: Models, tmp_
         )
         seen.add((tmp_path / f"out{number}" / "model.safetensors").read_bytes())
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("method", sorted(DEVICE_METHODS))
+def test_same_bytes_with_torch(method: str, models: Models, tmp_path: Path) -> None:
+    """A device is torch's; the processor as one stands for any."""
+    base, tuned = models()
+    outputs = []
+    for device in ("cpu", "cpu:0"):
+        out = tmp_path / device
+        merge(
+            method,
+            [str(each) for each in tuned[: DEVICE_METHODS[method]]],
+            out,
+            base=None if method in BASELESS else str(base),
+            settings=Settings(device=device, chunk=4096, hashes="none"),
+        )
+        outputs.append((out / "model.safetensors").read_bytes())
+    assert outputs[0] == outputs[1]
 
 
 @pytest.mark.parametrize("method", ["linear", "task-arithmetic", "ties", "magmax", "dare-ties"])

@@ -181,6 +181,15 @@ def test_float8_and_quantised_models_are_refused(tmp_path: Path) -> None:
         ({"method": "linear", "modles": ["a"]}, "unknown key 'modles'.*did you mean 'models'"),
         ({"method": "linear", "models": []}, "at least 1 item"),
         ({"method": "linear", "models": ["a:1", "b:-1"]}, "sum to 0"),
+        (
+            {
+                "method": "task-arithmetic",
+                "base": "b",
+                "models": ["a:1", "c:-0.9"],
+                "parameters": {"normalize": True},
+            },
+            "both signs",
+        ),
         ({"method": "linear", "models": ["a:nan", "b"]}, "finite"),
         ({"method": "slerp", "models": ["a"]}, "takes 2, not 1"),
         ({"method": "slerp", "models": ["a:2", "b"]}, "takes none"),

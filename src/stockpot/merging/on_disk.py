@@ -157,6 +157,7 @@ def merge_recipe(
     began = time.monotonic()
     output = absolute(output)
     refuse_existing(output, settings.overwrite)
+    _check_device(settings.device)
     if recipe.method == "lora" and recipe.base is None:
         from stockpot.merging.adapters import average_adapters
 
@@ -189,6 +190,19 @@ def merge_recipe(
         notes=(*plan.notes, *notes),
         hashes={str(path): digest for path, digest in hashes.items()},
     )
+
+
+def _check_device(device: str) -> None:
+    """Refuse a device that this machine has not, before anything is read."""
+    if device == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "torch cannot use it"
+        raise ConfigError(f"device {device!r} cannot be used here: {reason}") from error
 
 
 def _make(

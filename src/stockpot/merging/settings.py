@@ -119,7 +119,7 @@ class TaskArithmetic(MergeMethod):
 
     def check(self, shares: Shares) -> None:
         if self.normalize:
-            shares.check_totals()
+            shares.check_one_sign()
 
     def rule(self, context: Context) -> Rule:
         from stockpot.merging.formulas import TaskArithmetic
@@ -171,7 +171,7 @@ class DareLinear(_Dare):
 
     def check(self, shares: Shares) -> None:
         if self.normalize:
-            shares.check_totals()
+            shares.check_one_sign()
 
     def rule(self, context: Context) -> Rule:
         from stockpot.merging.formulas import Dare
@@ -314,7 +314,7 @@ class Lora(MergeMethod):
 
     def check(self, shares: Shares) -> None:
         if self.normalize:
-            shares.check_totals()
+            shares.check_one_sign()
 
     def rule(self, context: Context) -> Rule:
         from stockpot.merging.adapters import LoraInto

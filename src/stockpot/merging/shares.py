@@ -72,6 +72,20 @@ class Shares:
                     f"weights: {list(row)} sum to {total:g}; normalize needs a sum away from 0"
                 )
 
+    def check_one_sign(self) -> None:
+        """Refuse weights of both signs, whose sum is no measure of their size.
+
+        Raises:
+            ValueError: if a row has both, or is all 0.
+        """
+        self.check_totals()
+        for row in self.rows():
+            if min(row) < 0.0 < max(row):
+                raise ValueError(
+                    f"weights: {list(row)} have both signs, and their sum {math.fsum(row):g} would "
+                    "blow the rest up; leave normalize off, as task arithmetic does to forget"
+                )
+
     def check_positive(self) -> None:
         """Refuse weights that a mean over a changing set of models cannot be divided by.
 
