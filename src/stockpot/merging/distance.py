@@ -133,11 +133,22 @@ def _measure(reader: Reader, entry: Entry, chunk: int) -> Measure:
 
 
 def _by_layer(tensors: Sequence[Measure]) -> list[Measure]:
+    """Numbered layers by their numbers, together where the first of them stands in the files."""
     groups: dict[str, list[Measure]] = {}
+    layers: dict[str, tuple[str, int]] = {}
     for each in tensors:
         found = _LAYER.match(each.name)
-        groups.setdefault(found[1] if found else each.name, []).append(each)
-    return [_sum(name, group) for name, group in groups.items()]
+        name = found[1] if found else each.name
+        groups.setdefault(name, []).append(each)
+        if found:
+            prefix, _, number = name.rpartition(".")
+            layers[name] = (prefix, int(number))
+    names = list(groups)
+    first = next((names.index(name) for name in names if name in layers), len(names))
+    before = names[:first]
+    after = [name for name in names[first:] if name not in layers]
+    ordered = [*before, *sorted(layers, key=layers.__getitem__), *after]
+    return [_sum(name, groups[name]) for name in ordered]
 
 
 def _sum(name: str, parts: Sequence[Measure]) -> Measure:

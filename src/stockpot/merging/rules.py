@@ -305,7 +305,7 @@ def dare(
     if combine == "ties":
         shares.check_positive()
     elif normalize:
-        shares.check_totals()
+        shares.check_one_sign()
     names = tuple(labels) if labels is not None else tuple(map(str, range(len(models))))
     rule = formulas.Dare(shares, drop_rate, scale, combine, normalize, seed, names)
     return apply(rule, models, base)

@@ -43,7 +43,7 @@ def draw_distances(found: Distance, first: str, second: str, path: Path) -> None
     right.barh(places, angles, color="#D55E00")
     right.set_xlabel("angle, degrees")
     left.set_yticks(list(places), names, fontsize=8)
-    left.invert_yaxis()
+    left.set_ylim(len(layers) - 0.4, -0.6)
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
