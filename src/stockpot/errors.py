@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable
 
 __all__ = [
+    "CheckpointError",
     "ConfigError",
     "DamagedRecordError",
     "DiskFullError",
@@ -17,6 +18,10 @@ __all__ = [
 
 class StockpotError(Exception):
     """Something the user can mend; its message is meant to be read without a traceback."""
+
+
+class CheckpointError(StockpotError):
+    """A checkpoint that cannot be read or merged: the message names the file or the tensor."""
 
 
 class ConfigError(StockpotError):

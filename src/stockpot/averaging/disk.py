@@ -6,19 +6,17 @@ once it is touched; here bytes are read into a tensor that goes when its user is
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from stockpot.errors import StockpotError
+from stockpot.errors import CheckpointError, StockpotError
+from stockpot.safetensors_header import TensorInfo, read_header
 
 __all__ = ["TensorsOnDisk"]
 
@@ -36,14 +34,6 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class _Place:
-    path: Path
-    offset: int
-    dtype: str
-    shape: torch.Size
-
-
 class TensorsOnDisk(Mapping[str, Tensor]):
     """The tensors of one or several safetensors files.
 
@@ -52,34 +42,24 @@ class TensorsOnDisk(Mapping[str, Tensor]):
     """
 
     def __init__(self, paths: list[Path]) -> None:
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, TensorInfo] = {}
         self._files: dict[Path, FileIO] = {}
         self._buffers: dict[torch.dtype, Tensor] = {}
         for path in paths:
             try:
-                with safe_open(str(path), framework="pt"):  # checks the header against the size
-                    pass
-            except (SafetensorError, OSError) as error:
-                raise StockpotError(
-                    f"anchor {path} is damaged or is no safetensors file: {error}"
-                ) from error
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            # In the order of the file, so that a reader of all of it never goes back.
-            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-                begin = 8 + length + entry["data_offsets"][0]
-                shape = torch.Size(entry["shape"])
-                self._places[name] = _Place(path, begin, entry["dtype"], shape)
+                # In the order of the file, so that a reader of all of it never goes back.
+                for info in read_header(path):
+                    self._places[info.name] = info
+            except (CheckpointError, OSError) as error:
+                raise StockpotError(f"anchor {error}") from error
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._places[name]
-        return self.elements(name, 0, place.shape.numel()).view(place.shape)
+        return self.elements(name, 0, place.numel).view(place.shape)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows ``start`` to ``stop`` of a tensor that has a first dimension."""
-        shape = self._places[name].shape
+        shape = self.shape(name)
         row = shape[1:].numel()
         return self.elements(name, start * row, stop * row).view(stop - start, *shape[1:])
 
@@ -112,7 +92,7 @@ class TensorsOnDisk(Mapping[str, Tensor]):
         self._fill(values, self._places[name], start)
         return values
 
-    def _fill(self, values: Tensor, place: _Place, start: int) -> None:
+    def _fill(self, values: Tensor, place: TensorInfo, start: int) -> None:
         view: Any = memoryview(values.view(torch.uint8).numpy().data if values.numel() else b"")
         offset = place.offset + start * values.element_size()
         descriptor = self._open(place.path).fileno()
@@ -133,7 +113,7 @@ class TensorsOnDisk(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> torch.Size:
         """A tensor's shape, from the header."""
-        return self._places[name].shape
+        return torch.Size(self._places[name].shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

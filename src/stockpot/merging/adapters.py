@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -66,11 +67,7 @@ class Product:
     transposed: bool = False
     """The weight holds the product's transpose: embeddings, and Conv1D of GPT-2."""
 
-    @property
-    def rank(self) -> int:
-        """R."""
-        return int(self.a.shape[0])
-
+    @cached_property
     def factors(self) -> tuple[np.ndarray, np.ndarray]:
         """Left and right factors of the weight's own rows and columns; the scale in the left."""
         left, right = (self.a.T, self.b.T) if self.transposed else (self.b, self.a)
@@ -223,7 +220,7 @@ class LoraInto(Rule):
         return result
 
     def _change(self, name: str, product: Product, start: int, size: int) -> np.ndarray:
-        left, right = product.factors()
+        left, right = product.factors
         columns = self.columns[name]
         columns = max(1, columns)
         rows = max(1, _ROWS_OF // columns)
@@ -277,7 +274,7 @@ def make_adapter_plan(recipe: MergeRecipe) -> AdapterPlan:
     for number, adapter in enumerate(adapters):
         for module, product in adapter.products.items():
             name = _name_in(base, f"{module}.weight", adapter)
-            left, right = product.factors()
+            left, right = product.factors
             shape = base.tensors[name].shape
             if base.tensors[name].dtype not in FLOATING:
                 raise CheckpointError(

@@ -1,61 +1,25 @@
 """Checkpoints on disk, read by their headers: no tensor data, no architecture list, no torch.
 
-A safetensors file is 8 bytes with the length of a JSON header, the header (names, dtypes, shapes
-and byte ranges), and the data. Everything that a merge has to know before it starts stands there,
-so that a checkpoint of any size is checked in milliseconds.
+Everything that a merge has to know before it starts stands in the headers, so that a checkpoint of
+any size is checked in milliseconds.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stockpot.errors import StockpotError, nearest
-from stockpot.merging.dtypes import BYTES
+from stockpot.errors import CheckpointError, nearest
+from stockpot.safetensors_header import TensorInfo, read_header
 
 __all__ = ["Checkpoint", "CheckpointError", "TensorInfo", "open_checkpoint"]
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_LARGEST_HEADER = 100_000_000  # the limit of the format's own library
-
-
-class CheckpointError(StockpotError):
-    """A checkpoint that cannot be merged: the message names the file or the tensor."""
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor's numbers are: ``numel`` elements of ``dtype`` from ``offset`` on."""
-
-    name: str
-    dtype: str
-    """As safetensors spells it: F64, F32, BF16, F16, I64, ..."""
-    shape: tuple[int, ...]
-    path: Path
-    offset: int
-    """Of the first byte in the file, in bytes."""
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes per element."""
-        return BYTES[self.dtype]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes on disk."""
-        return self.numel * self.itemsize
 
 
 @dataclass(frozen=True)
@@ -212,7 +176,7 @@ def _assemble(
 ) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     for path in files:
-        for info in _header(path):
+        for info in read_header(path):
             if info.name in tensors:
                 raise CheckpointError(
                     f"{path}: tensor {info.name!r} stands in {tensors[info.name].path.name} too"
@@ -239,69 +203,3 @@ def _check_index(checkpoint: Checkpoint) -> None:
     for name, info in checkpoint.tensors.items():
         if name not in weight_map:
             raise CheckpointError(f"{info.path}: {index.name} does not list tensor {name!r}")
-
-
-def _header(path: Path) -> Iterator[TensorInfo]:
-    """The entries of one file, by offset; every one is checked against the file's size."""
-
-    def refuse(reason: str) -> NoReturn:
-        raise CheckpointError(f"{path} is damaged or is no safetensors file: {reason}")
-
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        if len(start) < 8:
-            refuse(f"it has {size} bytes")
-        length = int.from_bytes(start, "little")
-        if length > min(size - 8, _LARGEST_HEADER):
-            refuse(f"its header claims {length:,} bytes, the file has {size:,}")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
-    except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        refuse(f"its header is no JSON ({error})")
-    if not isinstance(header, dict):
-        refuse("its header is no JSON mapping")
-    header.pop("__metadata__", None)
-    entries = []
-    for name, entry in header.items():
-        info = _entry(name, entry, path, 8 + length)
-        if isinstance(info, str):
-            refuse(f"tensor {name!r}: {info}")
-        entries.append(info)
-    end = 8 + length
-    for info in sorted(entries, key=lambda each: (each.offset, each.nbytes)):
-        if info.offset != end:
-            kind = "overlaps the one before" if info.offset < end else "leaves a hole before it"
-            refuse(f"tensor {info.name!r} {kind}")
-        end += info.nbytes
-        yield info
-    if end != size:
-        what = "cut short" if size < end else "longer than its header says"
-        refuse(f"it is {what}: {size:,} bytes instead of {end:,}")
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
-    return value
-
-
-def _entry(name: str, entry: Any, path: Path, data: int) -> TensorInfo | str:
-    """One tensor's place, or what is wrong with it."""
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        return "needs dtype, shape and two data_offsets"
-    if not isinstance(dtype, str) or dtype not in BYTES:
-        return f"has the unknown dtype {dtype!r}"
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-    if not all(isinstance(number, int) and number >= 0 for number in numbers):
-        return f"has the shape {shape!r} at {begin!r} to {end!r}"
-    info = TensorInfo(name, dtype, tuple(shape), path, data + begin)
-    if end - begin != info.nbytes:
-        return f"has {end - begin:,} bytes for {dtype} of shape {list(shape)}"
-    return info

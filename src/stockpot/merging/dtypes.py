@@ -1,4 +1,4 @@
-"""The number formats of safetensors: their sizes, which have a mean, and numpy's view of them.
+"""The number formats of safetensors: which have a mean, and numpy's view of them.
 
 numpy has no bfloat16; its numbers are read as 16-bit integers, the upper halves of float32.
 """
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 __all__ = [
-    "BYTES",
     "FLOATING",
     "QUANTISED",
     "as_bytes",
@@ -22,25 +21,6 @@ __all__ = [
     "widen",
 ]
 
-BYTES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-    "I16": 2,
-    "I8": 1,
-    "U64": 8,
-    "U32": 4,
-    "U16": 2,
-    "U8": 1,
-    "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "C64": 8,
-}
 FLOATING = ("F64", "F32", "BF16", "F16")
 QUANTISED = ("F8_E4M3", "F8_E5M2", "F8_E8M0")
 """Codes whose scales are elsewhere: an average of codes means nothing."""

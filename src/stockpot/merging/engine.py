@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 
 from stockpot.errors import NonFiniteError
 from stockpot.files import read_json, write_json
-from stockpot.merging.arrays import Array, ops_for
+from stockpot.merging.arrays import Array, Store, ops_for
 from stockpot.merging.checkpoint import CheckpointError
 from stockpot.merging.dtypes import as_bytes, fits, narrow, stored_as
 from stockpot.merging.formulas import Facts, Notes, Part, Rule
@@ -110,6 +110,7 @@ class Engine:
         self._notes: dict[int, list[Notes]] = {}
         self._alternatives: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
         self._alternatives_bytes = 0
+        self._store = Store(1 << 20)
         self._lock = threading.Lock()
 
     def run(self) -> list[str]:
@@ -120,7 +121,9 @@ class Engine:
         """
         _keep_freed_memory()
         try:
-            self._run()
+            # The same threads throughout: the C library keeps memory for each that ever was.
+            with ThreadPoolExecutor(self._threads) as self._pool:
+                self._run()
         finally:
             self._reader.close()
         return [
@@ -200,16 +203,12 @@ class Engine:
                     failures.append(error)
                     return
 
-        workers = [threading.Thread(target=worker, daemon=True) for _ in range(self._threads)]
-        for each in workers:
-            each.start()
+        workers = [self._pool.submit(worker) for _ in range(self._threads)]
         try:
-            for each in workers:
-                each.join()
+            wait(workers)
         except BaseException as error:  # Ctrl-C: workers end with their units
             failures.append(error)
-            for each in workers:
-                each.join()
+            wait(workers)
         if failures:
             raise failures[0]
 
@@ -243,7 +242,7 @@ class Engine:
         """
         ops = ops_for(part.models[0])
         places = np.flatnonzero(ops.to_numpy(notes.undecided) != 0)
-        notes.undecided = places[:0]  # its memory goes; that there were some stays
+        notes.undecided = ()  # its memory goes; that there were some stays
         rule = self._rules[point]
         if rule.positional or self._alternatives_bytes > _ALTERNATIVES_BYTES:
             return  # the unit is merged anew
@@ -256,7 +255,8 @@ class Engine:
         other = rule.blend(few, replace(facts, majority=-facts.majority), Notes())
         values = narrow(ops.to_numpy(other), self._plan.entries[self._units[number].entry].dtype)
         with self._lock:
-            self._alternatives[number, point] = (places.astype(np.int32), values)
+            kept = self._store.keep(places.astype(np.int32)), self._store.keep(values)
+            self._alternatives[number, point] = kept
             self._alternatives_bytes += 4 * places.size + values.nbytes
 
     def _copy(self, unit: Unit, entry: Entry) -> None:
@@ -295,10 +295,9 @@ class Engine:
         needed = [survey for survey in surveys.values() if survey.needed]
         if needed:
             self._survey(needed, first, last)
-        with ThreadPoolExecutor(self._threads) as pool:
-            for rule in self._rules:
-                key = (rule.products_of, rule.passes_over_whole_model, rule.ranks(1 << 53))
-                facts.append(surveys[key].facts(pool, self._parts))
+        for rule in self._rules:
+            key = (rule.products_of, rule.passes_over_whole_model, rule.ranks(1 << 53))
+            facts.append(surveys[key].facts(self._pool, self._parts))
         if needed:
             with self._lock:
                 ledger.facts[str(first)] = [asdict(each) for each in facts]
@@ -322,9 +321,8 @@ class Engine:
                 survey.add(part)
             self._progress("survey", _bytes_of(entry, unit))
 
-        with ThreadPoolExecutor(self._threads) as pool:
-            for survey in surveys:
-                survey.begin(pool)
+        for survey in surveys:
+            survey.begin(self._pool)
         self._each(range(first, last), look)
 
     def _sample(self, surveys: Sequence[Survey], number: int) -> None:

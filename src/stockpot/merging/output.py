@@ -23,8 +23,8 @@ import numpy as np
 from stockpot.errors import StockpotError
 from stockpot.files import space_errors, write_json, write_text
 from stockpot.merging.checkpoint import Checkpoint, open_checkpoint
-from stockpot.merging.dtypes import BYTES
 from stockpot.merging.plan import Entry
+from stockpot.safetensors_header import BYTES
 
 __all__ = [
     "ModelFolder",

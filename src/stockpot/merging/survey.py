@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from stockpot.merging.arrays import Array, ops_for
+from stockpot.merging.arrays import Array, Store, ops_for
 from stockpot.merging.formulas import Part, Rule
 
 __all__ = [
@@ -35,6 +35,7 @@ _LARGEST_SAMPLE = 1 << 22
 _RUN = BLOCK  # consecutive elements per place of the sample: one read
 _LONG = 1 << 26  # elements: numbers of a bracket are counted by code, not kept
 _WIDEST_BRACKET = 1 << 22  # codes, 8 bytes each
+_MANY = 1 << 13  # numbers of one part inside a bracket
 _DEVIATIONS = 6.0
 
 
@@ -82,14 +83,20 @@ class _Bracket:
     first: int
     """Code of ``low``."""
     below: int = 0
-    kept: list[np.ndarray] = field(default_factory=list)
+    kept: list[tuple[np.ndarray, np.ndarray | None]] = field(default_factory=list)
+    store: Store = field(default_factory=lambda: Store(1 << 14))
     counts: np.ndarray | None = None
     """By code, from ``first`` on."""
 
     def add(self, inside: np.ndarray, integer: Any) -> None:
         """Take in numbers between the bounds."""
         if self.counts is None:
-            self.kept.append(inside)
+            if inside.size > _MANY:
+                # Changes of bfloat16 weights take few values; one may be a third of a tensor.
+                values, times = np.unique(inside, return_counts=True)
+                self.kept.append((self.store.keep(values), self.store.keep(times)))
+            else:
+                self.kept.append((self.store.keep(inside), None))
             return
         codes = inside.view(integer).astype(np.int64) - self.first
         values, counts = np.unique(codes, return_counts=True)
@@ -99,16 +106,30 @@ class _Bracket:
         """The number of a rank among all, if it is between the bounds."""
         rank -= self.below
         if self.counts is None:
-            numbers = np.concatenate(self.kept) if self.kept else np.empty(0)
-            if not 1 <= rank <= numbers.size:
-                return None
-            # Few distinct numbers (of bfloat16 checkpoints) make np.partition ten times slower.
-            return float(np.sort(numbers)[rank - 1])
+            return self._smallest_kept(rank)
         up_to = np.cumsum(self.counts)
         if not 1 <= rank <= int(up_to[-1]):
             return None
         code = self.first + int(np.searchsorted(up_to, rank))
         return float(np.array(code, np.int32).view(np.float32))
+
+    def _smallest_kept(self, rank: int) -> float | None:
+        singles = [values for values, times in self.kept if times is None]
+        counted = [(values, times) for values, times in self.kept if times is not None]
+        # Few distinct numbers make np.partition ten times slower than a sort.
+        numbers = np.concatenate([*singles, *(values for values, _ in counted)] or [np.empty(0)])
+        if not counted:
+            if not 1 <= rank <= numbers.size:
+                return None
+            numbers.sort()
+            return float(numbers[rank - 1])
+        ones = np.ones(sum(values.size for values in singles), np.int64)
+        times = np.concatenate([ones, *(times for _, times in counted)])
+        order = np.argsort(numbers, kind="stable")
+        up_to = np.cumsum(times[order])
+        if not 1 <= rank <= int(up_to[-1]):
+            return None
+        return float(numbers[order[np.searchsorted(up_to, rank)]])
 
 
 class OrderStatistics:
