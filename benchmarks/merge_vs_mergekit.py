@@ -36,16 +36,18 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).resolve().parent
 LIMITS = """\
-What limits it. A linear merge of 1.4 s is 0.25 s of start-up (Python, numpy, pydantic), 0.85 s
+What limits it. A linear merge of 1.3 s is 0.25 s of start-up (Python, numpy, pydantic), 0.85 s
 of reading, arithmetic and hashing on both cores, and 0.1 to 0.2 s until the disk has the rest;
-mergekit's 7.3 s are some five times the floor, so that little more than that can be gained.
-TIES is bound by numpy's passes over arrays that two cores share a cache for: two threads do 1.4
-times the work of one. Tried, for TIES per tensor: torch's operations (10 s: masks of booleans
-are slow, and importing it takes 1.3 s), masks instead of arithmetic with signs (6.2 s),
-`np.partition` (slow where few numbers are distinct, as in differences of bfloat16), a second
-pass for coordinates whose votes cancel (7.8 s; now both signs are merged for these few at
-once), smaller parts (13.8 s at 32,768 elements: threads wait for Python's lock), larger ones (6
-s), SHA-256 instead of XXH3 (6.3 s; 2.0 s for linear).
+mergekit's 7 to 8 s are some seven times the floor. TIES is bound by numpy's passes over arrays
+that two cores share a cache for: two threads do 1.4 times the work of one. Tried, for TIES per
+tensor: torch's operations (10 s: masks of booleans are slow, and importing it takes 1.3 s),
+masks instead of arithmetic with signs (6.2 s), `np.partition` (slow where few numbers are
+distinct, as in differences of bfloat16), a second pass for coordinates whose votes cancel (7.8
+s; now both signs are merged for these few at once), smaller parts (13.8 s at 32,768 elements:
+threads wait for Python's lock), larger ones (6 s), SHA-256 instead of XXH3 (6.3 s; 2.0 s for
+linear), keeping what a survey needs in many small arrays (5.4 s, and twice the memory). Over
+the whole model TIES reads all inputs twice: at 1.5 billion parameters that is twice 12 GB from
+the disk, since the cache holds less.
 """
 AIMS = {"linear": 6.0, "task-arithmetic": 6.0, "slerp": 6.0, "ties": 15.0}
 
