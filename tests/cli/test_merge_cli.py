@@ -290,3 +290,48 @@ def test_help_lists_the_verbs() -> None:
     helped = stockpot("--help").stdout
     for verb in ("merge", "distance", "fisher"):
         assert verb in helped
+
+
+def test_fisher_values_of_an_image_classifier(mirror: Path, tmp_path: Path) -> None:
+    """Real digits by their hub id, a small ViT, squares by autograd one image at a time."""
+    import datasets
+    import numpy as np
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=28,
+        patch_size=14,
+        num_channels=1,
+        num_labels=10,
+    )
+    model = ViTForImageClassification(config).eval()
+    model.save_pretrained(tmp_path / "vit")
+    file = tmp_path / "f.safetensors"
+    options = ("-o", file, "--samples", "0", "--labels", "true", "--split", "test[:3]")
+    done = stockpot("fisher", tmp_path / "vit", "ylecun/mnist", *options)
+    assert done.returncode == 0, done.stderr
+    rows = datasets.load_dataset(str(mirror / "ylecun" / "mnist"), split="test[:3]")
+    expected: dict[str, torch.Tensor] = {}
+    for row in rows:
+        pixels = torch.tensor(np.array(row["image"]), dtype=torch.float32)[None, None] / 255
+        model.zero_grad()
+        torch.log_softmax(model(pixel_values=pixels).logits[0], -1)[row["label"]].backward()
+        for name, parameter in model.named_parameters():
+            square = parameter.grad.double().square() / 3
+            expected[name] = expected.get(name, torch.zeros(())) + square
+    # The library calls its parameters otherwise than the files that it writes.
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(expected[name])
+    model.save_pretrained(tmp_path / "expected")
+    renamed = load_file(tmp_path / "expected" / "model.safetensors")
+    found = load_file(file)
+    assert found.keys() == load_file(tmp_path / "vit" / "model.safetensors").keys()
+    assert set(found) - set(expected)
+    for name, value in renamed.items():
+        assert (found[name] - value).abs().max() <= 1e-4 * float(value.max()), name

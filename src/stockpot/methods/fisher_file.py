@@ -7,11 +7,12 @@ prompt), and log p(y | x) their sum.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from stockpot.errors import ConfigError, NonFiniteError, StockpotError
+from stockpot.errors import ConfigError, NonFiniteError, StockpotError, nearest
 from stockpot.merging.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from stockpot.merging.dtypes import FLOATING
 from stockpot.streams.hub import resolve_source
@@ -225,25 +226,38 @@ def _aligned(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return logits[:-1], target[1:]
 
 
-def _named(
-    checkpoint: Checkpoint, module: torch.nn.Module, values: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """By the names of the files, where Fisher merging looks for them."""
-    import torch
+def _named(checkpoint: Checkpoint, module: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """By the names of the files, where Fisher merging looks for them.
 
+    A model may call its parameters otherwise than its files do. The library that renames them when
+    it saves is let do so: with the values in the parameters' place.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(values[name])
+        for buffer in module.buffers():
+            buffer.zero_()  # no parameters: their values are 0
+    with tempfile.TemporaryDirectory() as folder:
+        module.save_pretrained(folder)
+        saved: dict[str, Tensor] = {}
+        for path in Path(folder).glob("*.safetensors"):
+            saved |= load_file(path)
     found = {}
     for name, info in checkpoint.tensors.items():
         if info.dtype not in FLOATING:
             continue
-        known = values.get(name)
-        if known is None:
-            known = torch.zeros(info.shape)
-        if not bool(torch.isfinite(known).all()):
+        # Tied weights that the checkpoint holds twice are saved once.
+        known = saved.get(name, module.state_dict().get(name))
+        found[name] = torch.zeros(info.shape) if known is None else known.float().clone()
+        if not bool(torch.isfinite(found[name]).all()):
             raise NonFiniteError(f"the Fisher values of {name!r} are not finite")
-        found[name] = known
-    if lost := [name for name in values if name not in found]:
+    if lost := [name for name in saved if name not in found]:
         raise CheckpointError(
-            f"{checkpoint.source} does not hold the parameter {lost[0]!r} under that name: it was "
-            f"saved by another version; load and save it once with {type(module).__name__}"
+            f"{checkpoint.source} does not hold the parameter {lost[0]!r} under that name"
+            f"{nearest(lost[0], found)}: it was saved by another version; load and save it once "
+            f"with {type(module).__name__}"
         )
     return found
