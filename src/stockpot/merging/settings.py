@@ -342,8 +342,3 @@ METHODS: dict[str, type[MergeMethod]] = {
         Lora,
     )
 }
-
-
-def options_of(method: type[MergeMethod]) -> dict[str, Any]:
-    """Names of a method's settings and their defaults."""
-    return {name: field.default for name, field in method.model_fields.items()}
