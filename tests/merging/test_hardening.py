@@ -213,6 +213,30 @@ def test_thresholds_where_a_sample_misleads(
         assert torch.equal(found[name], expected[name]), name
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_long_vectors_are_counted(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of counts in place of numbers, as for billions, at ten thousand."""
+    from stockpot.merging import survey
+
+    monkeypatch.setattr(survey, "_LONG", 1000)
+    rng = np.random.default_rng(5)
+    numbers = np.abs(np.round(rng.normal(size=10_000), 1)).astype(dtype)
+    for rank in (3000, 8000):
+        # A bracket of a single number is narrow in float64 as well.
+        sample = np.full(4096, np.sort(numbers)[rank - 1])
+        found = survey.OrderStatistics(numbers.size, [rank], sample)
+        for part in np.split(numbers, 4):
+            found.add(part)
+        assert found.result() == [float(np.sort(numbers)[rank - 1])]
+
+
+def test_the_folder_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model(tmp_path / "a", w=torch.ones(3))
+    monkeypatch.chdir(tmp_path / "a")
+    merge("linear", ["."], tmp_path / "out")
+    assert torch.equal(load(tmp_path / "out")["w"], torch.ones(3))
+
+
 def test_dare_draws_for_checkpoints_of_one_name(tmp_path: Path) -> None:
     sources = [model(tmp_path / run / "ck", w=np.ones(20_000, np.float32)) for run in "xy"]
     base = model(tmp_path / "base", w=np.zeros(20_000, np.float32))

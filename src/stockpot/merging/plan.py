@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ def _labels(sources: Sequence[str]) -> tuple[str, ...]:
 
     Not the whole paths: a merge gives the same numbers wherever the models lie.
     """
-    parts = [Path(source).parts for source in sources]
+    parts = [Path(os.path.abspath(source)).parts for source in sources]
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(each[-length:]) for each in parts]
         if len(set(labels)) == len(labels):

@@ -78,17 +78,15 @@ def _block_sums(values: np.ndarray) -> np.ndarray:
 class _Bracket:
     """Numbers between two bounds: kept one by one, or as counts where a vector is long."""
 
-    low: float
-    high: float
-    first: int
-    """Code of ``low``."""
+    low: np.floating[Any]
+    high: np.floating[Any]
     below: int = 0
     kept: list[tuple[np.ndarray, np.ndarray | None]] = field(default_factory=list)
     store: Store = field(default_factory=lambda: Store(1 << 14))
     counts: np.ndarray | None = None
-    """By code, from ``first`` on."""
+    """By code, from that of ``low`` on."""
 
-    def add(self, inside: np.ndarray, integer: Any) -> None:
+    def add(self, inside: np.ndarray) -> None:
         """Take in numbers between the bounds."""
         if self.counts is None:
             if inside.size > _MANY:
@@ -98,7 +96,7 @@ class _Bracket:
             else:
                 self.kept.append((self.store.keep(inside), None))
             return
-        codes = inside.view(integer).astype(np.int64) - self.first
+        codes = _codes(inside).astype(np.int64) - int(_codes(self.low))
         values, counts = np.unique(codes, return_counts=True)
         self.counts[values] += counts
 
@@ -110,8 +108,8 @@ class _Bracket:
         up_to = np.cumsum(self.counts)
         if not 1 <= rank <= int(up_to[-1]):
             return None
-        code = self.first + int(np.searchsorted(up_to, rank))
-        return float(np.array(code, np.int32).view(np.float32))
+        code = _codes(self.low) + np.searchsorted(up_to, rank).astype(_codes(self.low).dtype)
+        return float(code.view(self.low.dtype))
 
     def _smallest_kept(self, rank: int) -> float | None:
         singles = [values for values, times in self.kept if times is None]
@@ -132,6 +130,11 @@ class _Bracket:
         return float(numbers[order[np.searchsorted(up_to, rank)]])
 
 
+def _codes(numbers: Any) -> Any:
+    """Non-negative numbers as integers of their width, which have the same order."""
+    return numbers.view(f"i{numbers.dtype.itemsize}")
+
+
 class OrderStatistics:
     """The k-th smallest magnitude of a vector that is seen in parts, for several k.
 
@@ -150,7 +153,6 @@ class OrderStatistics:
         self._ranks = tuple(ranks)
         self._elements = elements
         self._lock = threading.Lock()
-        self._integer = np.int32 if sample.dtype == np.float32 else np.int64
         self._brackets = [self._bracket(rank, sample) for rank in self._ranks]
 
     def _bracket(self, rank: int, sample: np.ndarray) -> _Bracket | None:
@@ -169,12 +171,12 @@ class OrderStatistics:
             bounds[0] = sample.dtype.type(0.0)
         if high >= sample.size and not complete:
             bounds[1] = sample.dtype.type(np.finfo(sample.dtype).max)
-        first, last = (int(np.asarray(bound).view(self._integer)) for bound in bounds)
-        bracket = _Bracket(bounds[0], bounds[1], first)
+        bracket = _Bracket(bounds[0], bounds[1])
         if self._elements > _LONG:
-            if last - first >= _WIDEST_BRACKET:
+            width = int(_codes(bracket.high)) - int(_codes(bracket.low)) + 1
+            if width > _WIDEST_BRACKET:
                 return None
-            bracket.counts = np.zeros(last - first + 1, dtype=np.int64)
+            bracket.counts = np.zeros(width, dtype=np.int64)
         return bracket
 
     def add(self, magnitudes: np.ndarray) -> None:
@@ -188,7 +190,7 @@ class OrderStatistics:
             inside = magnitudes[np.flatnonzero(among)]
             with self._lock:
                 bracket.below += below
-                bracket.add(inside, self._integer)
+                bracket.add(inside)
 
     def result(self) -> list[float] | None:
         """The magnitudes at the ranks; None if the sample misled."""
