@@ -26,21 +26,6 @@ if TYPE_CHECKING:
         wise_ft,
     )
 
-_RULES = (
-    "Weights",
-    "breadcrumbs",
-    "dare",
-    "fisher",
-    "linear",
-    "lines",
-    "magmax",
-    "model_stock",
-    "slerp",
-    "task_arithmetic",
-    "ties",
-    "wise_ft",
-)
-
 __all__ = [
     "MergeResult",
     "Weights",
@@ -60,8 +45,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _RULES:
-        return getattr(import_module("stockpot.merging.rules"), name)
-    if name in ("merge", "MergeResult"):
-        return getattr(import_module("stockpot.merging.on_disk"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = "on_disk" if name in ("merge", "MergeResult") else "rules"
+    return getattr(import_module(f"stockpot.merging.{home}"), name)

@@ -221,8 +221,7 @@ class LoraInto(Rule):
 
     def _change(self, name: str, product: Product, start: int, size: int) -> np.ndarray:
         left, right = product.factors
-        columns = self.columns[name]
-        columns = max(1, columns)
+        columns = max(1, self.columns[name])
         rows = max(1, _ROWS_OF // columns)
         first = start // columns // rows * rows
         last = -(-(start + size) // columns)
@@ -399,12 +398,11 @@ def _averaged(
     modules = dict.fromkeys(module for adapter in adapters for module in adapter.products)
     for module in modules:
         row = shares.of(module, normalize=True)
-        lefts, rights, transposed = [], [], False
+        lefts, rights = [], []
         for share, adapter in zip(row, adapters, strict=True):
             if (product := adapter.products.get(module)) is not None:
                 lefts.append(product.b * np.float32(share * product.scale * method.scale))
                 rights.append(product.a)
-                transposed = product.transposed
         _check_same(module, lefts, rights)
         b, a = np.concatenate(lefts, axis=1), np.concatenate(rights, axis=0)
         if method.rank is not None and method.rank < a.shape[0]:
@@ -412,7 +410,7 @@ def _averaged(
             lost += gone
             total += all_of_it
         ranks[module] = a.shape[0]
-        tensors |= _named(module, a, b, adapters, transposed)
+        tensors |= _named(module, a, b, adapters)
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.whole):
         holders = [adapter.whole.get(name) for adapter in adapters]
         if any(info is None for info in holders):
@@ -449,7 +447,7 @@ def _truncated(
 
 
 def _named(
-    module: str, a: np.ndarray, b: np.ndarray, adapters: Sequence[Adapter], transposed: bool
+    module: str, a: np.ndarray, b: np.ndarray, adapters: Sequence[Adapter]
 ) -> dict[str, np.ndarray]:
     """Under the names, and in the shapes, that the adapters use."""
     found = {}

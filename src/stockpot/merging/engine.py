@@ -99,7 +99,7 @@ class Engine:
         self._chunk = max(BLOCK, -(-chunk // BLOCK) * BLOCK)
         self._hasher = hasher
         self._progress = progress or (lambda phase, count: None)
-        self._rules = [point.method.rule(plan.context) for point in plan.points]
+        self._rules = plan.rules()
         self._units = list(_units(plan.entries, self._chunk))
         self._reader = Reader(
             [path for checkpoint in plan.inputs for path in checkpoint.files],
@@ -133,7 +133,7 @@ class Engine:
 
     def _run(self) -> None:
         ledger = self._open_ledger()
-        if any(rule.products_of is not None or rule.ranks(1 << 53) for rule in self._rules):
+        if any(rule.survey is not None for rule in self._rules):
             self._progress("survey", -self._plan.nbytes)
         self._progress("merge", -self._plan.nbytes)
         done = self._units[: ledger.done]
@@ -286,18 +286,14 @@ class Engine:
         known = ledger.facts.get(str(first))
         if known is not None:
             return [Facts(**each) for each in known]
-        surveys: dict[Any, Survey] = {}
-        for rule in self._rules:
-            key = (rule.products_of, rule.passes_over_whole_model, rule.ranks(1 << 53))
-            if key not in surveys:
-                surveys[key] = Survey(rule, self._plan.entries, self._units[first:last])
-        facts = []
+        surveys = {
+            rule.survey: Survey(rule, self._plan.entries, self._units[first:last])
+            for rule in self._rules
+        }
         needed = [survey for survey in surveys.values() if survey.needed]
         if needed:
             self._survey(needed, first, last)
-        for rule in self._rules:
-            key = (rule.products_of, rule.passes_over_whole_model, rule.ranks(1 << 53))
-            facts.append(surveys[key].facts(self._pool, self._parts))
+        facts = [surveys[rule.survey].facts(self._pool, self._parts) for rule in self._rules]
         if needed:
             with self._lock:
                 ledger.facts[str(first)] = [asdict(each) for each in facts]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from stockpot.errors import ConfigError
+from stockpot.merging.formulas import Rule
 from stockpot.merging.on_disk import Settings, make_hasher, output_folders
 from stockpot.merging.output import absolute, staging_of
 from stockpot.merging.plan import MergePlan, make_plan, method_of
@@ -91,7 +92,8 @@ def estimate(recipe: MergeRecipe, output: Path, settings: Settings) -> Estimate:
     hasher = make_hasher(recipe, plan.inputs, settings, None)
     hashes = hasher.placeholders() if hasher else {}
     folders = output_folders(plan, staging_of(absolute(output)), settings.shard_bytes, hashes)
-    surveyed = _surveyed(plan)
+    rules = plan.rules()
+    surveyed = any(rule.survey is not None for rule in rules)
     names = [str(output / point.name) if point.name else str(output) for point in plan.points]
     return Estimate(
         method=method_of(plan),
@@ -105,26 +107,20 @@ def estimate(recipe: MergeRecipe, output: Path, settings: Settings) -> Estimate:
             (name, len(folder.files), folder.nbytes)
             for name, folder in zip(names, folders, strict=True)
         ),
-        peak_memory=_peak_memory(plan, settings, surveyed),
+        peak_memory=_peak_memory(plan, rules, settings),
         threads=settings.workers,
         notes=plan.notes,
     )
 
 
-def _surveyed(plan: MergePlan) -> bool:
-    rules = [point.method.rule(plan.context) for point in plan.points]
-    return any(rule.products_of is not None or rule.ranks(1 << 20) for rule in rules)
-
-
-def _peak_memory(plan: MergePlan, settings: Settings, surveyed: bool) -> int:
+def _peak_memory(plan: MergePlan, rules: Sequence[Rule], settings: Settings) -> int:
     """Buffers of all workers: each input as stored and widened, and the formula's temporaries."""
-    rules = [point.method.rule(plan.context) for point in plan.points]
     sources: Sequence[Any] = max((entry.sources for entry in plan.entries), key=len, default=())
     width = 8 if plan.wide == "F64" else 4
     largest: int = max((entry.numel for entry in plan.entries), default=0)
     elements = min(settings.chunk, largest)
     arrays = len(sources) + max(rule.temporaries for rule in rules) + len(sources)
     workers = settings.workers * elements * (arrays * width + sum({s.itemsize for s in sources}))
-    extra = _BRACKETS if surveyed else 0
+    extra = _BRACKETS if any(rule.survey is not None for rule in rules) else 0
     extra += _ALTERNATIVES if any(rule.elects for rule in rules) else 0
     return int(_INTERPRETER + workers + extra)

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -90,10 +90,12 @@ class Notes:
     """Why this part cannot be merged."""
 
 
+_ANY_LENGTH = 1 << 53  # ranks among so many differ where the rules' settings do
+
+
 class Rule:
     """A formula; see the subclasses."""
 
-    needs_base: ClassVar[bool] = False
     products_of: ClassVar[Literal["models", "deltas", "fishers"] | None] = None
     """Vectors whose inner products the formula needs."""
     passes_over_whole_model: bool = False
@@ -104,6 +106,12 @@ class Rule:
     """The result depends on where in the tensor an element is."""
     temporaries: ClassVar[int] = 2
     """Arrays of the part's size that `blend` holds at once beside its inputs."""
+
+    @property
+    def survey(self) -> Hashable:
+        """What it asks for; equal for rules that one survey serves, None if there is nothing."""
+        asked = (self.products_of, self.ranks(_ANY_LENGTH))
+        return (*asked, self.passes_over_whole_model) if any(asked) else None
 
     def ranks(self, elements: int) -> tuple[int, ...]:
         """Ranks (from 1, ascending) among a task vector's magnitudes that the formula needs."""
@@ -143,7 +151,6 @@ class WiseFT(Rule):
     """
 
     beta: float
-    needs_base: ClassVar[bool] = True
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
         """The formula of the class."""
@@ -188,7 +195,6 @@ class TaskArithmetic(Rule):
     shares: Shares
     scale: float = 1.0
     normalize: bool = False
-    needs_base: ClassVar[bool] = True
 
     def scale_of(self, name: str) -> float:
         """The factor of the sum for one tensor."""
@@ -252,7 +258,6 @@ class _Electing(Rule):
 
     shares: Shares
     scale: float
-    needs_base: ClassVar[bool] = True
     elects: bool = True
 
     def _elect_and_average(
@@ -347,8 +352,8 @@ class Dare(_Electing):
         assert part.base is not None
         deltas = part.deltas()
         for number, delta in enumerate(deltas):
-            delta = ops_for(delta).masked(delta, self.kept(number, part, len(delta)))
-            delta /= 1.0 - self.drop_rate
+            kept = self.kept(number, part, len(delta))
+            deltas[number] = ops_for(delta).masked(delta, kept) / (1.0 - self.drop_rate)
         if self.combine == "ties":
             return self._elect_and_average(part, deltas, [0.0] * len(deltas), facts, notes)
         total = weighted_sum(deltas, self.shares.of(part.name, self.normalize))
@@ -366,7 +371,6 @@ class MagMax(Rule):
 
     shares: Shares
     scale: float = 1.0
-    needs_base: ClassVar[bool] = True
     temporaries: ClassVar[int] = 4
 
     def blend(self, part: Part, facts: Facts, notes: Notes) -> Array:
@@ -388,7 +392,6 @@ class ModelStock(Rule):
     is negative, t would be too: it is then 0, the base.
     """
 
-    needs_base: ClassVar[bool] = True
     products_of: ClassVar[Literal["deltas"]] = "deltas"
 
     @staticmethod
@@ -426,7 +429,6 @@ class Breadcrumbs(Rule):
     density: float = 0.9
     gamma: float = 0.01
     scale: float = 1.0
-    needs_base: ClassVar[bool] = True
     temporaries: ClassVar[int] = 6
 
     def ranks(self, elements: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stockpot import __version__
 from stockpot.errors import ConfigError, nearest
@@ -21,6 +21,9 @@ from stockpot.merging.checkpoint import Checkpoint, CheckpointError, TensorInfo,
 from stockpot.merging.dtypes import FLOATING, QUANTISED
 from stockpot.merging.recipe import DTYPES, MergeRecipe, Point
 from stockpot.merging.settings import METHODS, Context
+
+if TYPE_CHECKING:
+    from stockpot.merging.formulas import Rule
 
 __all__ = ["Entry", "MergePlan", "check_patterns", "make_plan", "method_of", "refuse_quantised"]
 
@@ -86,6 +89,11 @@ class MergePlan:
             names=tuple(entry.name for entry in self.entries),
             labels=_labels([model.model for model in self.recipe.models]),
         )
+
+    def rules(self) -> list[Rule]:
+        """The formula of each point."""
+        context = self.context
+        return [point.method.rule(context) for point in self.points]
 
     @property
     def nbytes(self) -> int:
