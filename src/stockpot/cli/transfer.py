@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import TaskID
 
 __all__ = ["transfer_progress"]
 
@@ -40,7 +41,7 @@ def transfer_progress(console: Console) -> Iterator[Callable[[str, int], None]]:
             console=console,
             transient=True,
         ) as bars:
-            tasks: dict[str, int] = {}
+            tasks: dict[str, TaskID] = {}
 
             def show(phase: str, count: int) -> None:
                 with lock:
@@ -48,9 +49,9 @@ def transfer_progress(console: Console) -> Iterator[Callable[[str, int], None]]:
                         tasks[phase] = bars.add_task(_VERBS.get(phase, phase), total=None)
                     task = tasks[phase]
                 if count < 0:
-                    bars.update(task, total=-count)  # type: ignore[arg-type]
+                    bars.update(task, total=-count)
                 else:
-                    bars.advance(task, count)  # type: ignore[arg-type]
+                    bars.advance(task, count)
 
             yield show
         return

@@ -24,7 +24,7 @@ import numpy as np
 
 from stockpot import __version__
 from stockpot.errors import NonFiniteError, nearest
-from stockpot.files import exclusive, write_json, write_text
+from stockpot.files import write_json, write_text
 from stockpot.merging.arrays import Array
 from stockpot.merging.card import adapter_card, recipe_text
 from stockpot.merging.checkpoint import Checkpoint, CheckpointError, TensorInfo, open_checkpoint
@@ -33,9 +33,8 @@ from stockpot.merging.formulas import Facts, Notes, Part, Rule
 from stockpot.merging.output import (
     clear,
     header_of,
-    publish,
     refuse_inputs_in,
-    staging_of,
+    staged,
 )
 from stockpot.merging.plan import Entry, MergePlan, check_patterns, refuse_quantised
 from stockpot.merging.recipe import DTYPES, MergeRecipe
@@ -343,17 +342,13 @@ def average_adapters(recipe: MergeRecipe, output: Path, settings: Settings) -> M
 
     began = time.monotonic()
     adapters = [open_adapter(model.model) for model in recipe.models]
-    refuse_inputs_in(output, [adapter.checkpoint for adapter in adapters])
+    checkpoints = tuple(adapter.checkpoint for adapter in adapters)
+    refuse_inputs_in(output, checkpoints)
     check_patterns(recipe, [name for each in adapters for name in (*each.products, *each.whole)])
-    hasher = make_hasher(recipe, tuple(a.checkpoint for a in adapters), settings, None)
-    if hasher is not None:
-        hasher.start()
     outputs, notes, written, count = [], [], 0, 0
-    staging = staging_of(output)
-    staging.mkdir(parents=True, exist_ok=True)
-    with exclusive(staging):
+    with make_hasher(recipe, checkpoints, settings, None) as hasher, staged(output) as staging:
         clear(staging)
-        hashes = hasher.result() if hasher else {}
+        hashes = hasher.result()
         for point in recipe.points():
             method = point.method
             assert isinstance(method, Lora)
@@ -372,15 +367,13 @@ def average_adapters(recipe: MergeRecipe, output: Path, settings: Settings) -> M
             write_text(folder / "merge.yaml", recipe_text(recipe, point))
             write_text(folder / "README.md", adapter_card(recipe, point, adapters, hashes, notes))
             outputs.append(output / point.name if point.name else output)
-        (staging / ".lock").unlink()
-        publish(staging, output)
     return MergeResult(
         folder=output,
         outputs=tuple(outputs),
         tensors=count,
         elements=sum(info.numel for a in adapters for info in a.checkpoint.tensors.values()),
         bytes_written=written,
-        bytes_read=sum(adapter.checkpoint.nbytes for adapter in adapters),
+        bytes_read=sum(checkpoint.nbytes for checkpoint in checkpoints),
         seconds=time.monotonic() - began,
         notes=tuple(notes),
         hashes={str(path): digest for path, digest in hashes.items()},

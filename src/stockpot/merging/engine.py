@@ -87,8 +87,8 @@ class Engine:
         token: str,
         threads: int,
         chunk: int,
-        device: str = "cpu",
-        hasher: Hasher | None = None,
+        device: str,
+        hasher: Hasher,
         progress: Progress | None = None,
     ) -> None:
         self._plan = plan
@@ -196,8 +196,7 @@ class Engine:
                 if number is None:
                     return
                 try:
-                    if self._hasher is not None:
-                        self._hasher.check()
+                    self._hasher.check()
                     work(number)
                 except BaseException as error:
                     failures.append(error)

@@ -89,8 +89,7 @@ def estimate(recipe: MergeRecipe, output: Path, settings: Settings) -> Estimate:
     if recipe.method == "lora" and recipe.base is None:
         raise ConfigError("--dry-run: adapters are small; averaging them is not planned ahead")
     plan = make_plan(recipe)
-    hasher = make_hasher(recipe, plan.inputs, settings, None)
-    hashes = hasher.placeholders() if hasher else {}
+    hashes = make_hasher(recipe, plan.inputs, settings, None).placeholders()
     folders = output_folders(plan, staging_of(absolute(output)), settings.shard_bytes, hashes)
     rules = plan.rules()
     surveyed = any(rule.survey is not None for rule in rules)

@@ -28,6 +28,8 @@ def _new(kind: str) -> Any:
 class Hasher:
     """Hashes of whole files, by threads of its own; it warms the cache for the merge as well.
 
+    It works inside its ``with`` block.
+
     Args:
         paths: the files.
         kind: one of `HASHES`, for files without a stated hash.
@@ -63,10 +65,17 @@ class Hasher:
     def _kind_of(self, path: Path) -> str:
         return "sha256" if path in self._stated else self._kind
 
-    def start(self) -> None:
+    def __enter__(self) -> Hasher:
         """Begin."""
         for thread in self._threads:
             thread.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        """Leave off, and wait for it."""
+        self._halt.set()
+        for thread in self._threads:
+            thread.join()
 
     def _run(self) -> None:
         """Hash files until there are none; the first that is not as stated ends it."""
@@ -104,12 +113,6 @@ class Hasher:
         """Raise what went wrong so far."""
         if self._error is not None:
             raise self._error
-
-    def stop(self) -> None:
-        """Leave off, and wait for it."""
-        self._halt.set()
-        for thread in self._threads:
-            thread.join()
 
     def result(self) -> dict[Path, str]:
         """Wait for all hashes."""

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from stockpot import __version__
 from stockpot.errors import ConfigError, StockpotError
-from stockpot.files import exclusive
 from stockpot.merging.card import model_card, recipe_text
 from stockpot.merging.checkpoint import Checkpoint, CheckpointError
 from stockpot.merging.hashing import HASHES, Hasher
@@ -26,10 +25,9 @@ from stockpot.merging.output import (
     ModelFolder,
     absolute,
     clear,
-    publish,
     refuse_existing,
     refuse_inputs_in,
-    staging_of,
+    staged,
 )
 from stockpot.merging.plan import MergePlan, make_plan
 from stockpot.merging.recipe import Input, MergeRecipe, make_recipe
@@ -164,21 +162,8 @@ def merge_recipe(
         return average_adapters(recipe, output, settings)
     plan = make_plan(recipe)
     refuse_inputs_in(output, plan.inputs)
-    hasher = make_hasher(plan.recipe, plan.inputs, settings, progress)
-    if hasher is not None:
-        hasher.start()
-    staging = staging_of(output)
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        with exclusive(staging):
-            notes, written = _make(plan, staging, settings, hasher, progress)
-            hashes = hasher.result() if hasher else {}
-            (staging / "merge-state.json").unlink(missing_ok=True)
-            (staging / ".lock").unlink()
-            publish(staging, output)
-    finally:
-        if hasher is not None:
-            hasher.stop()
+    with make_hasher(recipe, plan.inputs, settings, progress) as hasher, staged(output) as staging:
+        notes, written = _make(plan, staging, settings, hasher, progress)
     return MergeResult(
         folder=output,
         outputs=tuple(output / point.name if point.name else output for point in plan.points),
@@ -188,7 +173,7 @@ def merge_recipe(
         bytes_read=plan.nbytes,
         seconds=time.monotonic() - began,
         notes=(*plan.notes, *notes),
-        hashes={str(path): digest for path, digest in hashes.items()},
+        hashes={str(path): digest for path, digest in hasher.result().items()},
     )
 
 
@@ -209,14 +194,14 @@ def _make(
     plan: MergePlan,
     staging: Path,
     settings: Settings,
-    hasher: Hasher | None,
+    hasher: Hasher,
     progress: Progress | None,
 ) -> tuple[list[str], int]:
     """Fill the staging folder."""
     # The header's length must be known at once, the hashes are known last.
-    provisional = hasher.placeholders() if hasher else {}
-    outputs = output_folders(plan, staging, settings.shard_bytes, provisional)
-    token = f"{plan.fingerprint()} {settings.shard_bytes}"
+    outputs = output_folders(plan, staging, settings.shard_bytes, hasher.placeholders())
+    before = plan.fingerprint()
+    token = f"{before} {settings.shard_bytes}"
     if not _goes_on(staging / "merge-state.json", token):
         clear(staging)
     try:
@@ -235,9 +220,8 @@ def _make(
             hasher,
             progress,
         )
-        before = plan.fingerprint()
         notes = engine.run()
-        hashes = hasher.result() if hasher else {}
+        hashes = hasher.result()
         if plan.fingerprint() != before:
             raise StockpotError("an input was changed while it was merged; nothing was kept")
         for number, each in enumerate(outputs):
@@ -245,6 +229,7 @@ def _make(
             each.copy_companions(plan.donor, plan.config_changes, plan.recipe.dtype)
             each.write_text("merge.yaml", recipe_text(plan.recipe, plan.points[number]))
             each.write_text("README.md", model_card(plan, plan.points[number], hashes, notes))
+        (staging / "merge-state.json").unlink(missing_ok=True)
     finally:
         for each in outputs:
             each.close()
@@ -295,7 +280,7 @@ def make_hasher(
     checkpoints: tuple[Checkpoint, ...],
     settings: Settings,
     progress: Progress | None,
-) -> Hasher | None:
+) -> Hasher:
     """What hashes the inputs, beside everything else; not started yet."""
     stated: dict[Path, str] = {}
     for given in (*((recipe.base,) if recipe.base else ()), *recipe.models):
@@ -307,8 +292,6 @@ def make_hasher(
         raise ConfigError(f"hashes: {settings.hashes!r} is not one of xxh3, sha256, none")
     if settings.hashes == "none":
         paths = [path for path in paths if path in stated]
-    if not paths:
-        return None
     told = functools.partial(progress, "hash") if progress else None
     return Hasher(paths, settings.hashes, stated, settings.workers, told)
 

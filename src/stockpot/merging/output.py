@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from stockpot.errors import StockpotError
-from stockpot.files import space_errors, write_json, write_text
+from stockpot.files import exclusive, space_errors, write_json, write_text
 from stockpot.merging.checkpoint import Checkpoint, open_checkpoint
 from stockpot.merging.plan import Entry
 from stockpot.safetensors_header import BYTES
@@ -31,9 +31,9 @@ __all__ = [
     "absolute",
     "clear",
     "header_of",
-    "publish",
     "refuse_existing",
     "refuse_inputs_in",
+    "staged",
     "staging_of",
 ]
 
@@ -308,7 +308,24 @@ def clear(staging: Path) -> None:
             path.unlink()
 
 
-def publish(staging: Path, output: Path) -> None:
+@contextlib.contextmanager
+def staged(output: Path) -> Iterator[Path]:
+    """A folder to fill, held for this process, that becomes ``output`` when the block ends well.
+
+    Otherwise it stays, for the same merge to go on with.
+
+    Raises:
+        StockpotError: if another process holds it.
+    """
+    staging = staging_of(output)
+    staging.mkdir(parents=True, exist_ok=True)
+    with exclusive(staging):
+        yield staging
+        (staging / ".lock").unlink()
+        _publish(staging, output)
+
+
+def _publish(staging: Path, output: Path) -> None:
     """Give the finished folder its name; what was there before goes last."""
     _sync_folder(staging)
     old = output.with_name(f".{output.name}.replaced")
