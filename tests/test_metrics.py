@@ -85,7 +85,7 @@ def test_nothing_forgotten_is_plainly_zero() -> None:
 
 def test_one_task_has_only_an_average() -> None:
     assert all_metrics([[0.8]], [0.1]) == {
-        "average_accuracy": 0.8,
+        "average": 0.8,
         "forgetting": None,
         "forgetting_vs_best": None,
         "bwt": None,
@@ -95,7 +95,7 @@ def test_one_task_has_only_an_average() -> None:
 
 def test_multitask_has_only_an_average() -> None:
     assert all_metrics([None, None, [0.6, 0.7, 0.8]], B) == {
-        "average_accuracy": pytest.approx(0.7),
+        "average": pytest.approx(0.7),
         "forgetting": None,
         "forgetting_vs_best": None,
         "bwt": None,
@@ -141,7 +141,7 @@ def test_the_other_formulas(given_scores: tuple[list[list[float]], list[float]])
     since = np.where(np.arange(size)[:, None] >= np.arange(size)[None, :], table, -np.inf)
     best = since[:-1, :-1].max(axis=0)
     expected = {
-        "average_accuracy": table[-1].mean(),
+        "average": table[-1].mean(),
         "forgetting": (learned - ends).mean(),
         "forgetting_vs_best": (best - ends).mean(),
         "bwt": (ends - learned).mean(),

@@ -17,6 +17,7 @@ Worked example, T = 3::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 __all__ = [
     "all_metrics",
@@ -84,10 +85,21 @@ def fwt(R: Matrix, b: Sequence[float]) -> float | None:
     return _mean(gains)
 
 
-def all_metrics(R: Matrix, b: Sequence[float]) -> dict[str, float | None]:
-    """Every metric of this module by name."""
+def all_metrics(
+    R: Matrix, b: Sequence[float], better: Literal["higher", "lower"] = "higher"
+) -> dict[str, float | None]:
+    """Every metric of this module by name; ``average`` is :func:`average_accuracy`.
+
+    Where lower scores are better (losses), forgetting is how far they have risen, and transfer how
+    far they have fallen: the formulas on ``-R``. The average is that of R itself.
+    """
+    if better == "lower":
+        negative = all_metrics(
+            [None if row is None else [-value for value in row] for row in R], [-x for x in b]
+        )
+        return {**negative, "average": average_accuracy(R)}
     return {
-        "average_accuracy": average_accuracy(R),
+        "average": average_accuracy(R),
         "forgetting": forgetting(R),
         "forgetting_vs_best": forgetting_vs_best(R),
         "bwt": bwt(R),

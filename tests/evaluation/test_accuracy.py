@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stockpot.evaluation import Score, accuracy
-from stockpot.models.learner import Learner, conv
+from stockpot.evaluation.accuracy import accuracy
+from stockpot.evaluation.score import Score
+from stockpot.models.learner import ImageLearner, conv
 from stockpot.streams.data import ImageData, Mixture, Task
 
 SIZES = [1, 2, 3, 4, 5, 7, 1000]
@@ -31,12 +32,12 @@ class Lookup(nn.Module):
 
 def case(
     logits: list[list[float]], labels: list[int], allowed: list[bool] | None = None
-) -> tuple[Learner, ImageData]:
+) -> tuple[ImageLearner, ImageData]:
     rows = torch.arange(len(labels)).float() / 10_000
     images = rows.view(-1, 1, 1, 1).expand(-1, 1, 2, 2).clone()
     mask = None if allowed is None else torch.tensor(allowed)
     data = ImageData(images, torch.tensor(labels), allowed=mask)
-    return Learner(Lookup(torch.tensor(logits))), data
+    return ImageLearner(Lookup(torch.tensor(logits))), data
 
 
 FIVE = [[3, 1, 2], [0, 5, 1], [1, 2, 9], [4, 0, 0], [0, 1, 2]]
@@ -102,7 +103,7 @@ def test_mixtures_choose_among_each_parts_labels(size):
         ImageData(images, labels, torch.tensor([0]), first),
         ImageData(images, labels, torch.tensor([1]), ~first),
     ]
-    learner = Learner(Lookup(torch.tensor([[5, 1, 9, 0], [9, 1, 5, 0]])))
+    learner = ImageLearner(Lookup(torch.tensor([[5, 1, 9, 0], [9, 1, 5, 0]])))
     assert accuracy(learner, Mixture(parts), size).value == 1
 
 
@@ -122,7 +123,7 @@ def test_rows_and_permutations_of_the_data_are_used():
     data = ImageData(
         images, torch.tensor([0, 1, 1, 1]), torch.tensor([3, 1]), permutation=torch.tensor([1, 0])
     )
-    learner = Learner(Lookup(torch.tensor([[9, 0], [0, 9], [9, 0], [0, 9]])))
+    learner = ImageLearner(Lookup(torch.tensor([[9, 0], [0, 9], [9, 0], [0, 9]])))
     assert accuracy(learner, data, 1) == Score(1.0, 2, 0.0)
 
 
@@ -136,7 +137,7 @@ def test_models_that_answer_with_an_object_and_see_preprocessed_images():
             return Output(super().forward(images - 0.5))
 
     _, data = case(FIVE, [0, 1, 0, 0, 1])
-    learner = Learner(Wrapped(torch.tensor(FIVE)), preprocess=lambda images: images + 0.5)
+    learner = ImageLearner(Wrapped(torch.tensor(FIVE)), preprocess=lambda images: images + 0.5)
     assert accuracy(learner, data, 2).value == 0.6
 
 
@@ -156,7 +157,7 @@ def test_the_mode_of_every_part_is_restored():
     model.train()
     model[1].eval()
     modes = [part.training for part in model.modules()]
-    accuracy(Learner(model), ImageData(torch.rand(6, 1, 4, 4), torch.zeros(6).long()), 4)
+    accuracy(ImageLearner(model), ImageData(torch.rand(6, 1, 4, 4), torch.zeros(6).long()), 4)
     assert [part.training for part in model.modules()] == modes
 
 
@@ -169,7 +170,7 @@ def test_batch_norm_and_dropout_rest():
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     data = ImageData(torch.rand(30, 1, 4, 4), torch.randint(4, (30,)))
     state = torch.get_rng_state()
-    scores = {size: accuracy(Learner(model.train()), data, size).value for size in SIZES}
+    scores = {size: accuracy(ImageLearner(model.train()), data, size).value for size in SIZES}
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -210,6 +211,6 @@ def test_whole_bytes_and_floats_score_the_same(size):
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
     whole = torch.randint(0, 256, (20, 1, 2, 2), dtype=torch.uint8)
     labels = torch.randint(3, (20,))
-    one = accuracy(Learner(model), ImageData(whole, labels), size)
-    other = accuracy(Learner(model), ImageData(whole / 255, labels), size)
+    one = accuracy(ImageLearner(model), ImageData(whole, labels), size)
+    other = accuracy(ImageLearner(model), ImageData(whole / 255, labels), size)
     assert one == other

@@ -95,7 +95,7 @@ def test_summary_is_computed_from_the_scores(made):
         found = {(s["stage"], s["task"]): s["value"] for s in scores if s["run"] == run["run"]}
         assert run["R"] == [[found[t, task] for task in run["tasks"]] for t in range(3)]
         assert run["b"] == [found[-1, task] for task in run["tasks"]]
-        assert run["metrics"]["average_accuracy"] == pytest.approx(sum(run["R"][2]) / 3)
+        assert run["metrics"]["average"] == pytest.approx(sum(run["R"][2]) / 3)
         assert set(run) >= {"method", "settings", "seed", "R", "b", "metrics"}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stockpot.evaluation import accuracy
+from stockpot.evaluation.accuracy import accuracy
 from stockpot.experiment import load_experiment
 from stockpot.methods import METHODS
 from stockpot.models.learner import load_weights_

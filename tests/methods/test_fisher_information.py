@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stockpot.methods import fisher_information
 from stockpot.methods.fisher_information import fisher_diagonal
-from stockpot.models.learner import Learner, conv, mlp
+from stockpot.models.learner import ImageLearner, conv, mlp
 from stockpot.streams.data import ImageData, Mixture, TaskData
 
 Weights = dict[str, Tensor]
@@ -37,7 +37,7 @@ def network(labels: int = 3, pixels: int = 4) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(pixels, 5), nn.Tanh(), nn.Linear(5, labels))
 
 
-def log_likelihoods(module: nn.Module, learner: Learner, data: TaskData, row: int) -> Tensor:
+def log_likelihoods(module: nn.Module, learner: ImageLearner, data: TaskData, row: int) -> Tensor:
     """log p(y | x) of one example for every y, by the double-precision ``module``."""
     batch = data[row]
     output = module(learner.preprocess(batch["pixel_values"]).double())
@@ -58,7 +58,7 @@ def squares(module: nn.Module, log_likelihood: Tensor) -> Weights:
     }
 
 
-def slow_fisher(learner: Learner, data: TaskData, kind: str) -> Weights:
+def slow_fisher(learner: ImageLearner, data: TaskData, kind: str) -> Weights:
     module = copy.deepcopy(learner.module).double().eval()
     total: Weights = {}
     for row in range(len(data)):
@@ -89,7 +89,7 @@ def assert_agree(ours: Weights, oracle: Weights, rtol: float = 1e-4) -> None:
 @pytest.mark.parametrize("kind", ["true", "exact"])
 @pytest.mark.parametrize("examples", [1, 7, 300])  # more than one chunk
 def test_fully_connected(kind: str, examples: int) -> None:
-    learner, data = Learner(network()), images(examples)
+    learner, data = ImageLearner(network()), images(examples)
     ours = fisher_diagonal(learner, data, None, kind, seed=0)  # type: ignore[arg-type]
     assert_agree(ours, slow_fisher(learner, data, kind))
     assert all((values > 0).any() for values in ours.values())
@@ -105,7 +105,7 @@ def test_convolutions(kind: str, norm: str) -> None:
         module.train()
         for _ in range(3):
             module(data.images * 3)  # statistics that are not the fresh ones
-    learner = Learner(module)
+    learner = ImageLearner(module)
     ours = fisher_diagonal(learner, data, None, kind, seed=0)  # type: ignore[arg-type]
     assert_agree(ours, slow_fisher(learner, data, kind))
 
@@ -129,7 +129,7 @@ def test_a_vision_transformer(kind: str) -> None:
         attention_probs_dropout_prob=0.2,
         initializer_range=0.3,
     )
-    learner = Learner(ViTForImageClassification(config).train())
+    learner = ImageLearner(ViTForImageClassification(config).train())
     data = images(5, labels=4, shape=(3, 8, 8))
     ours = fisher_diagonal(learner, data, None, kind, seed=0)  # type: ignore[arg-type]
     oracle = slow_fisher(learner, data, kind)
@@ -145,10 +145,10 @@ def test_images_in_bytes_go_through_the_preprocessing() -> None:
     data = images(5)
     in_bytes = ImageData((data.images * 255).byte(), data.labels)
     in_floats = ImageData(in_bytes.images.float() / 255, data.labels)
-    learner = Learner(network())
+    learner = ImageLearner(network())
     ours = fisher_diagonal(learner, in_bytes, None, "true", seed=0)
     assert_agree(ours, slow_fisher(learner, in_floats, "true"))
-    shifted = Learner(learner.module, lambda pixels: 1.0 - pixels)
+    shifted = ImageLearner(learner.module, lambda pixels: 1.0 - pixels)
     assert_agree(
         fisher_diagonal(shifted, data, None, "exact", seed=0), slow_fisher(shifted, data, "exact")
     )
@@ -162,7 +162,7 @@ def test_by_hand() -> None:
     pixels = torch.tensor([[0.2, 0.6], [1.0, 0.0]]).reshape(2, 1, 1, 2)
     data = ImageData(pixels, torch.tensor([0, 1]))
     for kind in KINDS:
-        ours = fisher_diagonal(Learner(module), data, None, kind, seed=0)  # type: ignore[arg-type]
+        ours = fisher_diagonal(ImageLearner(module), data, None, kind, seed=0)  # type: ignore[arg-type]
         assert ours["1.bias"].tolist() == pytest.approx([0.25, 0.25])
         # (.2^2 + 1^2) / 2 / 4 and (.6^2 + 0) / 2 / 4
         assert ours["1.weight"].flatten().tolist() == pytest.approx([0.13, 0.045] * 2)
@@ -177,13 +177,13 @@ def test_squares_are_taken_per_example_not_of_the_batch() -> None:
     F.cross_entropy(module(data.images), data.labels).backward()
     of_the_batch = module[1].weight.grad.square()
     assert (of_the_batch == 0).all()
-    ours = fisher_diagonal(Learner(module), data, None, "true", seed=0)
+    ours = fisher_diagonal(ImageLearner(module), data, None, "true", seed=0)
     assert torch.allclose(ours["1.weight"], torch.full((2, 2), 0.25))
 
 
 @pytest.mark.parametrize("kind", ["true", "exact"])
 def test_the_size_of_a_chunk_does_not_matter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    learner, data = Learner(network()), images(20)
+    learner, data = ImageLearner(network()), images(20)
     at_once = fisher_diagonal(learner, data, None, kind, seed=3)  # type: ignore[arg-type]
     monkeypatch.setattr(fisher_information, "_CHUNK_ELEMENTS", 1)
     one_by_one = fisher_diagonal(learner, data, None, kind, seed=3)  # type: ignore[arg-type]
@@ -194,7 +194,7 @@ def test_the_size_of_a_chunk_does_not_matter(kind: str, monkeypatch: pytest.Monk
 
 
 def test_a_seed_repeats_its_draws_and_leaves_other_generators_alone() -> None:
-    learner, data = Learner(network()), images(30)
+    learner, data = ImageLearner(network()), images(30)
     state = torch.get_rng_state()
     first = fisher_diagonal(learner, data, 20, "sampled", seed=5)
     assert torch.equal(torch.get_rng_state(), state)
@@ -206,7 +206,7 @@ def test_a_seed_repeats_its_draws_and_leaves_other_generators_alone() -> None:
 
 
 def test_of_one_example_it_is_the_square_for_one_label_as_often_as_the_model_says() -> None:
-    learner, data = Learner(network()), images(1)
+    learner, data = ImageLearner(network()), images(1)
     with torch.no_grad():
         learner.module[3].bias.copy_(torch.tensor([0.0, 1.0, -1.0]))
     module = copy.deepcopy(learner.module).double()
@@ -223,7 +223,7 @@ def test_of_one_example_it_is_the_square_for_one_label_as_often_as_the_model_say
 
 
 def test_on_average_over_seeds_it_is_the_exact_expectation() -> None:
-    learner, data = Learner(network()), images(6)
+    learner, data = ImageLearner(network()), images(6)
     exact = slow_fisher(learner, data, "exact")
     draws = 300
     drawn = [fisher_diagonal(learner, data, None, "sampled", seed) for seed in range(draws)]
@@ -247,7 +247,7 @@ ALLOWED = torch.tensor([False, True, False, True])
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_of_other_tasks_have_no_part(kind: str) -> None:
-    learner, data = Learner(network(labels=4)), images(8, labels=4, allowed=ALLOWED)
+    learner, data = ImageLearner(network(labels=4)), images(8, labels=4, allowed=ALLOWED)
     ours = fisher_diagonal(learner, data, None, kind, seed=0)  # type: ignore[arg-type]
     assert all(torch.isfinite(values).all() for values in ours.values())
     assert (ours["3.bias"][~ALLOWED] == 0).all()
@@ -264,7 +264,7 @@ def test_a_task_with_one_label_has_nothing_to_tell() -> None:
     only = torch.tensor([False, False, True])
     data = images(4, allowed=only)
     for kind in KINDS:
-        ours = fisher_diagonal(Learner(network()), data, None, kind, seed=0)  # type: ignore[arg-type]
+        ours = fisher_diagonal(ImageLearner(network()), data, None, kind, seed=0)  # type: ignore[arg-type]
         assert all((values == 0).all() for values in ours.values())
 
 
@@ -274,14 +274,14 @@ def test_a_mixture_of_tasks_keeps_each_example_with_its_own_mask(kind: str) -> N
     data = Mixture(
         [images(5, 4, allowed=ALLOWED), images(4, 4, seed=1, allowed=other), images(0, 4)]
     )
-    learner = Learner(network(labels=4))
+    learner = ImageLearner(network(labels=4))
     ours = fisher_diagonal(learner, data, None, kind, seed=0)  # type: ignore[arg-type]
     assert_agree(ours, slow_fisher(learner, data, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_that_are_next_to_impossible_do_no_harm(kind: str) -> None:
-    learner, data = Learner(network()), images(6)
+    learner, data = ImageLearner(network()), images(6)
     with torch.no_grad():
         learner.module[3].bias.copy_(torch.tensor([0.0, 200.0, -200.0]))
     ours = fisher_diagonal(learner, data, None, kind, seed=0)  # type: ignore[arg-type]
@@ -293,13 +293,13 @@ def test_labels_that_are_next_to_impossible_do_no_harm(kind: str) -> None:
 # Which examples.
 
 
-def one_pixel_each(examples: int) -> tuple[Learner, ImageData]:
+def one_pixel_each(examples: int) -> tuple[ImageLearner, ImageData]:
     """Example n lights pixel n alone, so that column n of the Fisher values tells of it."""
     data = ImageData(torch.eye(examples).reshape(examples, 1, 1, examples), torch.arange(examples))
     data.labels.fmod_(2)
     module = nn.Sequential(nn.Flatten(), nn.Linear(examples, 2, bias=False))
     nn.init.zeros_(module[1].weight)
-    return Learner(module), data
+    return ImageLearner(module), data
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def everything() -> Everything:
 def test_eval_mode_and_nothing_moves(kind: str, training: bool) -> None:
     module = everything().train(training)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    learner, data = Learner(module), images(9)
+    learner, data = ImageLearner(module), images(9)
     ours = fisher_diagonal(learner, data, None, kind, seed=0)  # type: ignore[arg-type]
     assert all(part.training is training for part in module.modules())
     after = module.state_dict()
@@ -382,21 +382,21 @@ def test_gradients_of_the_training_stay() -> None:
     module, data = network(), images(5)
     F.cross_entropy(module(data.images), data.labels).backward()
     before = {name: p.grad.clone() for name, p in module.named_parameters()}
-    fisher_diagonal(Learner(module), data, None, "exact", seed=0)
+    fisher_diagonal(ImageLearner(module), data, None, "exact", seed=0)
     assert all(torch.equal(p.grad, before[name]) for name, p in module.named_parameters())
 
 
 def test_the_mode_is_restored_after_an_error() -> None:
     module = network().train()
     with pytest.raises(RuntimeError, match="shapes"):
-        fisher_diagonal(Learner(module), images(3, shape=(1, 3, 3)), None, "true", seed=0)
+        fisher_diagonal(ImageLearner(module), images(3, shape=(1, 3, 3)), None, "true", seed=0)
     assert module.training
 
 
 def test_a_part_that_was_in_eval_mode_stays_in_eval_mode() -> None:
     module = everything()
     module.norm.eval()
-    fisher_diagonal(Learner(module), images(4), None, "true", seed=0)
+    fisher_diagonal(ImageLearner(module), images(4), None, "true", seed=0)
     assert not module.norm.training
 
 
@@ -416,7 +416,7 @@ class Tied(nn.Module):
 
 def test_a_tied_weight_has_the_gradient_of_all_its_uses() -> None:
     torch.manual_seed(0)
-    learner, data = Learner(Tied()), images(6, labels=4)
+    learner, data = ImageLearner(Tied()), images(6, labels=4)
     ours = fisher_diagonal(learner, data, None, "true", seed=0)
     assert list(ours) == ["first.weight"]
     assert_agree(ours, slow_fisher(learner, data, "true"))
@@ -436,7 +436,7 @@ class Scaled(nn.Module):
 
 def test_a_parameter_without_dimensions() -> None:
     torch.manual_seed(0)
-    learner, data = Learner(Scaled()), images(6)
+    learner, data = ImageLearner(Scaled()), images(6)
     ours = fisher_diagonal(learner, data, None, "true", seed=0)
     assert_agree(ours, slow_fisher(learner, data, "true"))
 
@@ -455,7 +455,7 @@ class Backbone(nn.Module):
 
 def test_an_attribute_called_module_has_fisher_values() -> None:
     torch.manual_seed(0)
-    learner, data = Learner(Backbone()), images(6)
+    learner, data = ImageLearner(Backbone()), images(6)
     ours = fisher_diagonal(learner, data, None, "true", seed=0)
     oracle = slow_fisher(learner, data, "true")
     assert torch.allclose(ours["head.weight"].double(), oracle["head.weight"], rtol=1e-4)
@@ -464,7 +464,7 @@ def test_an_attribute_called_module_has_fisher_values() -> None:
 
 
 def test_under_no_grad_it_is_the_same() -> None:
-    learner, data = Learner(mlp((1, 2, 2), (5,), 3)), images(6)
+    learner, data = ImageLearner(mlp((1, 2, 2), (5,), 3)), images(6)
     outside = fisher_diagonal(learner, data, None, "true", seed=0)
     with torch.no_grad():
         inside = fisher_diagonal(learner, data, None, "true", seed=0)

@@ -14,7 +14,7 @@ from stockpot.merging.rules import fisher as fisher_merge
 from stockpot.methods import EWC, L1, L2, Memory, TaskRun
 from stockpot.methods._penalty import Penalty
 from stockpot.methods.ewc import consolidate
-from stockpot.models.learner import Learner, copy_weights, load_weights_
+from stockpot.models.learner import ImageLearner, copy_weights, load_weights_
 from stockpot.streams.data import ImageData, Task
 
 Weights = dict[str, Tensor]
@@ -73,7 +73,7 @@ def task_run(
         last=last,
         tasks=(task(stage),),
         past=tuple(task(number) for number in range(stage)),
-        learner=Learner(module),
+        learner=ImageLearner(module),
         start=weights,
         previous=weights,
         memory=Memory(folder, stage),

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from stockpot.methods import Memory, Rehearsal, TaskRun
-from stockpot.models.learner import Learner
+from stockpot.models.learner import ImageLearner
 from stockpot.streams.data import ImageData, Task, TaskData
 
 FRACTIONS = ("0.05", "0.10")
@@ -42,7 +42,7 @@ def task_run(past: list[int], current: int, seed: int = 0, masked: bool = False)
         last=False,
         tasks=(tasks[-1],),
         past=tuple(tasks[:-1]),
-        learner=Learner(nn.Flatten()),
+        learner=ImageLearner(nn.Flatten()),
         start={},
         previous={},
         memory=Memory(Path("unused"), len(past)),

@@ -24,7 +24,7 @@ from stockpot.experiment import load_experiment, run_experiment
 from stockpot.methods import Memory, Method, TaskRun
 from stockpot.methods.l2 import L2
 from stockpot.methods.sfa import SFA
-from stockpot.models.learner import Learner, copy_weights, load_weights_
+from stockpot.models.learner import ImageLearner, copy_weights, load_weights_
 from stockpot.streams.data import ImageData, Task
 from stockpot.training import TrainingSettings
 from stockpot.training.trainer import Trained, train_task
@@ -134,7 +134,7 @@ def train(
         last=True,
         tasks=(Task("task", data, data),),
         past=(),
-        learner=Learner(model),
+        learner=ImageLearner(model),
         start=start,
         previous=start,
         memory=Memory(folder / "memory", stage),

@@ -233,6 +233,10 @@ class SFA:
         """The step of the last merge event of this task; 0 before the first."""
         return self.events[-1].step if self.events else 0
 
+    def averages_at(self, step: int) -> bool:
+        """Whether the schedule averages at optimizer step ``step`` (1-based)."""
+        return step in self._merge_steps
+
     def _chosen(self, pieces: dict[str, Piece]) -> dict[str, Piece]:
         choice = self.parameters
         if choice is None:

@@ -70,7 +70,8 @@ def list_(
 
 
 def _sections() -> dict[str, dict[str, type[BaseModel]]]:
-    from stockpot.experiment.config import EvaluationSettings, RecordSettings
+    from stockpot.evaluation.settings import EvaluationSettings
+    from stockpot.experiment.config import RecordSettings
     from stockpot.methods import METHODS
     from stockpot.models import MODELS
     from stockpot.streams import STREAMS

@@ -46,6 +46,27 @@ def run(
             help="Print the runs, what they share and the optimizer steps; run nothing.",
         ),
     ] = False,
+    smoke: Annotated[
+        bool,
+        typer.Option(
+            "--smoke",
+            help="The same in seconds: a tiny model of the same family, a few examples a task.",
+        ),
+    ] = False,
+    run_programs: Annotated[
+        bool,
+        typer.Option(
+            "--run-programs",
+            help="Allow HumanEval to run programs that the model writes, isolated.",
+        ),
+    ] = False,
+    allow_weak_isolation: Annotated[
+        bool,
+        typer.Option(
+            "--allow-weak-isolation",
+            help="Run them with limits alone where the machine offers no isolation.",
+        ),
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON on stdout.")
     ] = False,
@@ -58,9 +79,10 @@ def run(
     """
     from stockpot.experiment import load_experiment
 
-    checked = load_experiment(experiment, overrides or [], output)
+    checked = load_experiment(experiment, overrides or [], output, smoke=smoke)
+    consent = (run_programs, allow_weak_isolation, smoke)
     try:
-        _load_and_run(checked, dry_run, as_json, quiet)
+        _load_and_run(checked, dry_run, as_json, quiet, consent)
     except KeyboardInterrupt:
         from stockpot.cli.output import complain
 
@@ -71,7 +93,14 @@ def run(
         raise typer.Exit(130) from None
 
 
-def _load_and_run(checked: Experiment, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def _load_and_run(
+    checked: Experiment,
+    dry_run: bool,
+    as_json: bool,
+    quiet: bool,
+    consent: tuple[bool, bool, bool],
+) -> None:
+    """Read the data, then plan or run; ``consent`` is run programs, allow weakly, smoke."""
     from rich.console import Console
 
     console = Console(stderr=True, quiet=quiet)
@@ -81,11 +110,18 @@ def _load_and_run(checked: Experiment, dry_run: bool, as_json: bool, quiet: bool
         with console.status("loading PyTorch and Transformers"):
             _quiet_libraries()
         with console.status(f"loading {checked.stream.name}"):
-            stream = checked.stream.load()
+            if consent[-1]:
+                from stockpot.experiment.smoke import with_tiny_model
+
+                checked, stream = with_tiny_model(checked)
+            else:
+                stream = checked.load_stream()
+    for note in stream.notes:
+        console.print(f"note: {note}", style="dim", highlight=False, markup=False)
     if dry_run:
         _dry_run(checked, stream, as_json)
         return
-    _run(checked, stream, console, as_json, quiet)
+    _run(checked, stream, console, as_json, quiet, consent)
 
 
 def _quiet_libraries() -> None:
@@ -103,7 +139,12 @@ def _quiet_libraries() -> None:
 
 
 def _run(
-    experiment: Experiment, stream: Stream, console: Console, as_json: bool, quiet: bool
+    experiment: Experiment,
+    stream: Stream,
+    console: Console,
+    as_json: bool,
+    quiet: bool,
+    consent: tuple[bool, bool, bool],
 ) -> None:
     from rich.markup import escape
 
@@ -112,13 +153,16 @@ def _run(
     from stockpot.cli.table import print_results
     from stockpot.experiment import run_experiment
     from stockpot.experiment.observer import Observer
+    from stockpot.experiment.runner import Programs
     from stockpot.report.write import write_report
 
     watcher: Any = Observer() if quiet else progress_observer(console)
     page = None
     with redirect_stdout(sys.stderr):
         try:
-            outcome = run_experiment(experiment, watcher, stream=stream)
+            outcome = run_experiment(
+                experiment, watcher, stream=stream, programs=Programs(*consent)
+            )
         finally:
             if not quiet:
                 watcher.close()

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from stockpot.report.findings import headline
-from stockpot.report.table import COLUMNS, Column, Group, group_runs, task_columns
+from stockpot.report.table import Column, Group, group_runs, result_columns, task_columns
 
 __all__ = ["print_results"]
 
@@ -18,7 +18,15 @@ _MOST_TASKS = 6
 _PAPER = 240
 # What goes first when the terminal is too narrow for everything; the files keep all of it.
 _TASKS = "final."
-_DISPENSABLE = ("bwt", "peak_memory", "fwt", "forgetting_vs_best", "seconds", "l2_to_anchor")
+_DISPENSABLE = (
+    "bwt",
+    "peak_memory",
+    "fwt",
+    "forgetting_vs_best",
+    "kl_from_anchor",
+    "seconds",
+    "l2_to_anchor",
+)
 
 
 def print_results(summary: Sequence[dict[str, Any]]) -> None:
@@ -30,7 +38,8 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
         console.width = _PAPER  # a file or a pipe has room for everything
     groups = group_runs(summary)
     tasks = summary[0]["tasks"]
-    columns: list[Column] = [*(task_columns(tasks) if len(tasks) <= _MOST_TASKS else ()), *COLUMNS]
+    shown = task_columns(groups) if len(tasks) <= _MOST_TASKS else ()
+    columns: list[Column] = [*shown, *result_columns(groups)]
     left_out = []
     for key in (*_DISPENSABLE, _TASKS):
         if _width(console, groups, columns) <= console.width:

@@ -1,5 +1,1 @@
-"""The score of one model on one task."""
-
-from stockpot.evaluation.accuracy import Score, accuracy
-
-__all__ = ["Score", "accuracy"]
+"""The score of one model on one task: one benchmark a file, ``tasks.py`` puts them together."""

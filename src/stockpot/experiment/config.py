@@ -13,25 +13,23 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stockpot.errors import ConfigError, nearest
+from stockpot.evaluation.settings import EvaluationSettings
 from stockpot.experiment.overrides import apply_override
+from stockpot.experiment.smoke import shrink_values
 from stockpot.methods import METHODS, Method
 from stockpot.models import MODELS, ModelSettings, expand_model
 from stockpot.settings_file import Key, Lines, explain, read_yaml
 from stockpot.streams import STREAMS, StreamSettings
 from stockpot.training import TrainingSettings
 
-__all__ = ["EvaluationSettings", "Experiment", "RecordSettings", "load_experiment"]
+__all__ = ["Experiment", "RecordSettings", "load_experiment"]
+
+if typing.TYPE_CHECKING:
+    from stockpot.streams.data import Stream
 
 _EXPECTED = "'stream:', 'model:', 'methods:' and so on (`stockpot run --help` shows an example)"
 
 _Settings = TypeVar("_Settings", bound=BaseModel)
-
-
-class EvaluationSettings(BaseModel):
-    """How models are scored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    batch_size: int = Field(1000, ge=1, le=2**31, description="examples scored at a time")
 
 
 class RecordSettings(BaseModel):
@@ -59,6 +57,10 @@ class Experiment:
     """One per method and setting, in the order given."""
     seeds: tuple[int, ...]
     output: Path
+
+    def load_stream(self) -> Stream:
+        """Read the data, as the model takes them."""
+        return self.model.encode(self.stream.load())
 
     def common(self) -> dict[str, Any]:
         """What all runs share."""
@@ -96,7 +98,11 @@ _KEYS = (
 
 
 def load_experiment(
-    path: str | Path, overrides: typing.Sequence[str] = (), output: str | Path | None = None
+    path: str | Path,
+    overrides: typing.Sequence[str] = (),
+    output: str | Path | None = None,
+    *,
+    smoke: bool = False,
 ) -> Experiment:
     """Read and check an experiment file.
 
@@ -104,6 +110,7 @@ def load_experiment(
         path: the YAML file.
         overrides: ``key=value`` with dotted keys, applied in order.
         output: the run folder; default: the file's ``output``, else ``runs/<file name>``.
+        smoke: cut it down to seconds (:mod:`stockpot.experiment.smoke`); overrides come after.
 
     Raises:
         ConfigError: listing every wrong key and value with its place, the reason and, for a name,
@@ -111,6 +118,8 @@ def load_experiment(
     """
     path = Path(path)
     values, places = read_yaml(path, _EXPECTED)
+    if smoke:
+        shrink_values(values, path.stem)
     for override in overrides:
         apply_override(values, places, override)
     return _Checker(places, str(path)).experiment(values, path, output)

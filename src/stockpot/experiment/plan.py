@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from stockpot.errors import ConfigError, nearest
 from stockpot.experiment.config import Experiment
 from stockpot.methods import Method
 from stockpot.methods.base import short
@@ -31,15 +32,12 @@ class Stage:
 
     number: int
     tasks: tuple[int, ...]
+    row: int
+    """The row of R that it fills."""
     steps: int
     starts: str
     trained: str
     deployed: str
-
-    @property
-    def row(self) -> int:
-        """The row of R that it fills."""
-        return self.tasks[-1]
 
 
 @dataclass(frozen=True)
@@ -112,7 +110,7 @@ def _stages(
     experiment: Experiment, stream: Stream, method: Method, start: str
 ) -> tuple[Stage, ...]:
     count = len(stream.tasks)
-    groups = [tuple(range(count))] if method.joint else [(task,) for task in range(count)]
+    groups = [_joint(stream, method)] if method.joint else [(task,) for task in range(count)]
     stages: list[Stage] = []
     for number, tasks in enumerate(groups):
         steps = sum(experiment.training.steps_for(len(stream.tasks[t].train)) for t in tasks)
@@ -127,8 +125,21 @@ def _stages(
         deployed = trained
         if after:
             deployed = _key({"trained": trained, "after": after, "history": history})
-        stages.append(Stage(number, tasks, steps, starts, trained, deployed))
+        row = count - 1 if method.joint else number
+        stages.append(Stage(number, tasks, row, steps, starts, trained, deployed))
     return tuple(stages)
+
+
+def _joint(stream: Stream, method: Method) -> tuple[int, ...]:
+    """The tasks that joint training is on."""
+    names = [task.name for task in stream.tasks]
+    for name in method.left_out():
+        if name not in names:
+            raise ConfigError(f"{method.label}: no task {name!r}{nearest(name, names)}")
+    chosen = tuple(n for n, name in enumerate(names) if name not in method.left_out())
+    if not chosen:
+        raise ConfigError(f"{method.label}: that leaves no task to train on")
+    return chosen
 
 
 def _key(value: Any) -> str:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +32,14 @@ from stockpot.files import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stockpot.evaluation.score import Score
     from stockpot.experiment.config import Experiment
 
 __all__ = ["Record"]
 
-_LOGS = ("merges", "scores", "stages")
 _STAGES = "stages"
+_OPTIONAL = ("merges", "curves")
+"""Logs that a record need not have: nothing was averaged, no scores were taken in training."""
 _HASH_AT_START = 64 * 2**20
 
 
@@ -147,7 +149,7 @@ class Record:
         self._stages = {
             (line["run"], line["stage"]): line for line in self._read_log(_STAGES, repair=True)
         }
-        for log in ("merges", "scores"):
+        for log in (*_OPTIONAL, "scores"):
             lines = self._read_log(log, repair=True)
             kept = [line for line in lines if self._is_finished(line)]
             if len(kept) < len(lines):
@@ -171,7 +173,7 @@ class Record:
     def _read_log(self, name: str, repair: bool = False) -> list[dict[str, Any]]:
         path = self.folder / f"{name}.jsonl"
         if not path.exists():
-            if (self.folder / "experiment.json").exists() and name != "merges" and self._stages:
+            if (self.folder / "experiment.json").exists() and name not in _OPTIONAL and self._stages:
                 raise DamagedRecordError(f"{path} is missing from the record")
             return []
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -250,6 +252,10 @@ class Record:
         """All merge events."""
         return self._read_log("merges")
 
+    def curves(self) -> list[dict[str, Any]]:
+        """All scores that were taken while a task trained."""
+        return self._read_log("curves")
+
     def stages(self) -> dict[tuple[str, int], dict[str, Any]]:
         """All finished stages by run and number."""
         return dict(self._stages)
@@ -300,15 +306,38 @@ class Record:
             write_tensors(path, weights)
         return sha256(path)
 
+    def save_items(self, run: str, name: str, scores: Sequence[tuple[str, list[Score]]]) -> None:
+        """Keep what became of every item, and what was written for it.
+
+        ``items/<name>.safetensors`` has a float32 tensor per score, named ``task/score``, with the
+        items in the data's order; ``items/<name>.jsonl`` a line per generated text.
+        """
+        tensors: dict[str, Tensor] = {}
+        texts: list[dict[str, Any]] = []
+        for task, own in scores:
+            for score in own:
+                if score.items is not None:
+                    tensors[f"{task}/{score.name}"] = score.items.float()
+                texts += [{"task": task, "score": score.name, **text} for text in score.texts]
+        folder = self.run_folder(run) / "items"
+        with space_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / f"{name}.safetensors", tensors)
+        if texts:
+            lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
+            write_text(folder / f"{name}.jsonl", lines)
+
     def finish_stage(
         self,
         stage: dict[str, Any],
         scores: list[dict[str, Any]],
         merges: list[dict[str, Any]],
+        curves: list[dict[str, Any]],
     ) -> None:
         """Write a stage's lines; with the last of them it is finished."""
-        if merges:
-            self._append("merges", merges)
+        for name, lines in (("merges", merges), ("curves", curves)):
+            if lines:
+                self._append(name, lines)
         self._append("scores", scores)
         self._append(_STAGES, [stage])
         self._stages[stage["run"], stage["stage"]] = stage

@@ -18,7 +18,9 @@ from transformers import set_seed
 
 from stockpot.arithmetic import fingerprint, l2_distance
 from stockpot.errors import ConfigError, DamagedRecordError, DiskFullError, StockpotError
-from stockpot.evaluation import Score, accuracy
+from stockpot.evaluation.divergence import kl_from
+from stockpot.evaluation.score import Score, headline_value
+from stockpot.evaluation.tasks import Evaluator, needs_programs
 from stockpot.experiment.config import Experiment
 from stockpot.experiment.environment import describe_environment
 from stockpot.experiment.observer import Observer
@@ -28,21 +30,32 @@ from stockpot.experiment.record import Record
 from stockpot.experiment.summary import write_summary
 from stockpot.files import write_text
 from stockpot.methods.base import Memory, Method, TaskRun
-from stockpot.models.learner import (
-    Learner,
-    check_finite,
-    check_learner,
-    copy_weights,
-    load_weights_,
-)
+from stockpot.models.learner import Learner, check_finite, check_learner
 from stockpot.streams.data import Stream
-from stockpot.training.trainer import Trained, choose_device, train_task
+from stockpot.training.trainer import Trained, Watch, choose_device, train_task
 
-__all__ = ["Outcome", "run_experiment"]
+__all__ = ["Outcome", "Programs", "run_experiment"]
 
+
+TaskScores = tuple[str, list[Score]]
+"""A task's name and its scores."""
+
+_GENERAL = "lm-eval"
+"""Stands for the task of scores that belong to none of the stream."""
 
 _SUMMARY_SECONDS = 2.0
 """How old summary.json may be while an experiment runs, so that a report can be had meanwhile."""
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Whether programs that models write may be run. Never from a file: files come from others."""
+
+    run: bool = False
+    allow_weak: bool = False
+    """Whether limits alone will do, where the machine offers no isolation."""
+    skip: bool = False
+    """Whether to leave such benchmarks out instead of refusing the experiment."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +75,7 @@ def run_experiment(
     *,
     stream: Stream | None = None,
     share_prefixes: bool = True,
+    programs: Programs | None = None,
 ) -> Outcome:
     """Run every method, setting and seed of ``experiment``; go on where an earlier call stopped.
 
@@ -70,9 +84,10 @@ def run_experiment(
     Args:
         experiment: what to run; its ``output`` folder becomes the record.
         observer: is told how it goes.
-        stream: the tasks, if they are loaded already.
+        stream: the tasks, if they are loaded already (:meth:`Experiment.load_stream`).
         share_prefixes: whether runs that agree up to a task train it once. The weights are the
             same without it.
+        programs: consent to run the programs that models write (HumanEval).
 
     Raises:
         StockpotError: if nothing can go on: another experiment's folder, a damaged record, a full
@@ -85,20 +100,56 @@ def run_experiment(
         )
     if experiment.training.threads is not None:
         torch.set_num_threads(experiment.training.threads)
-    stream = experiment.stream.load() if stream is None else stream
+    stream = experiment.load_stream() if stream is None else stream
+    evaluator = _evaluator(experiment, stream, programs or Programs())
     plan = make_plan(experiment, stream, share_prefixes)
-    return _Runner(experiment, stream, plan, observer or Observer()).run()
+    return _Runner(experiment, stream, plan, observer or Observer(), evaluator).run()
+
+
+def _evaluator(experiment: Experiment, stream: Stream, programs: Programs) -> Evaluator:
+    """How models are scored; refuses early what could not be scored later."""
+    settings = experiment.evaluation
+    sandbox = None
+    wanted = needs_programs(stream)
+    if wanted and programs.run:
+        from stockpot.evaluation.sandbox import Sandbox
+
+        sandbox = Sandbox.strongest(allow_weak=programs.allow_weak)
+    elif wanted and not programs.skip:
+        raise ConfigError(
+            f"{', '.join(wanted)} runs programs that the model writes. Allow it with "
+            "--run-programs (they run isolated, as strongly as this machine can), or leave the "
+            "benchmark out with stream.benchmarks"
+        )
+    if settings.lm_eval:
+        if stream.labels is not None:
+            raise ConfigError("evaluation.lm_eval scores language models; this stream is of images")
+        from stockpot.evaluation.lm_eval import check_lm_eval_tasks
+
+        check_lm_eval_tasks(settings.lm_eval, settings.lm_eval_include)
+    skipped = set() if sandbox is not None else set(wanted)
+    benchmarked = all(
+        any(f"{task.name}: {name}" not in skipped for name in task.benchmarks)
+        for task in stream.tasks
+    )
+    return Evaluator(settings, choose_device(experiment.training.device), sandbox, benchmarked)
 
 
 class _Runner:
     def __init__(
-        self, experiment: Experiment, stream: Stream, plan: Plan, observer: Observer
+        self,
+        experiment: Experiment,
+        stream: Stream,
+        plan: Plan,
+        observer: Observer,
+        evaluator: Evaluator,
     ) -> None:
         self.experiment, self.stream, self.plan, self.observer = experiment, stream, plan, observer
+        self.evaluator = evaluator
         self.record = Record(experiment.output)
         self.prefixes = PrefixStore(experiment.output / "prefixes", plan.uses())
-        self.device = choose_device(experiment.training.device)
-        self.scored: dict[str, list[Score]] = {}
+        self.device = evaluator.device
+        self.scored: dict[str, list[TaskScores]] = {}
         """Scores by the key of the deployed weights, so that shared weights are scored once."""
         self.learner: Learner | None = None
         self.start: dict[str, Tensor] = {}
@@ -110,6 +161,9 @@ class _Runner:
 
     def _run_all(self) -> Outcome:
         environment = describe_environment(self.experiment.seeds)
+        if self.evaluator.sandbox is not None:
+            environment["isolation of generated programs"] = self.evaluator.sandbox.level
+        environment["notes on the data"] = list(self.stream.notes)
         planned = len(self.plan.runs)
         self.record.open(self.experiment, self.plan.data, environment, planned)
         # The trainer collects garbage at every task; what is alive now need not be searched.
@@ -180,7 +234,7 @@ class _Runner:
                 "under model:"
             ) from error
         logits = check_learner(self.learner, self.stream, self.device)
-        self.start, self.start_seed = copy_weights(self.learner.module), seed
+        self.start, self.start_seed = self.learner.weights(), seed
         # With what they answer: the same weights in another architecture are another start.
         self.record.check_start(seed, fingerprint({**self.start, "logits of theta_0": logits}))
         self.scored.clear()
@@ -199,6 +253,8 @@ class _Runner:
         check_finite(context.model, where)
 
         deployed = context.weights()
+        if context.learner.adapted:
+            context.load(deployed)  # what is kept is scored: adapters merged in, and rounded
         same = stage.trained == stage.deployed and self.prefixes.has(stage.trained)
         digest = self.record.save_weights(
             run.id,
@@ -207,6 +263,7 @@ class _Runner:
             same_as=self.prefixes.path(stage.trained) if same else None,
         )
         scores = self._scores(stage.deployed)
+        self._save_items(run, stage, scores)
         floating = [name for name, weight in deployed.items() if weight.is_floating_point()]
         line: dict[str, Any] = {
             "run": run.id,
@@ -220,22 +277,40 @@ class _Runner:
             "l2_to_anchor": l2_distance(
                 (deployed[name] for name in floating), (previous[name] for name in floating)
             ),
+            "kl_from_anchor": self._divergence(context, stage, previous, deployed),
             "losses": trained.losses,
             "key": stage.deployed,
             "sha256": digest,
         }
+        about = {"run": run.id, "stage": stage.number}
         self.record.finish_stage(
             line,
             self._score_lines(run, stage, scores),
-            [
-                {"run": run.id, "stage": stage.number, "task": line["tasks"][-1], **merge}
-                for merge in context.merges
-            ],
+            merges=[{**about, "task": line["tasks"][-1], **merge} for merge in context.merges],
+            curves=[{**about, "trained": line["tasks"][-1], **point} for point in context.curve],
         )
         self.prefixes.used(stage.trained)
         self._forget_weights(run, stage)
-        self.observer.stage_ends(run, stage, fresh, [score.value for score in scores])
+        values = [headline_value(own) for _, own in scores if any(s.headline for s in own)]
+        self.observer.stage_ends(run, stage, fresh, values)
         return deployed
+
+    def _divergence(
+        self,
+        context: TaskRun,
+        stage: Stage,
+        previous: Mapping[str, Tensor],
+        deployed: Mapping[str, Tensor],
+    ) -> float | None:
+        """Forward KL from the anchor on the held-out examples of what was trained last, in nats."""
+        examples = self.experiment.evaluation.kl
+        if not examples:
+            return None
+        data = self.stream.tasks[stage.tasks[-1]].test
+        size = self.evaluator.batch_size(context.learner)
+        return kl_from(
+            previous, deployed, context.learner, data, examples, size, self.device
+        ).value
 
     def _context(self, run: Run, stage: Stage, previous: Mapping[str, Tensor]) -> TaskRun:
         assert self.learner is not None
@@ -265,6 +340,7 @@ class _Runner:
             weights, about = self.prefixes.load(stage.trained)
             context.load(weights)
             context.merges[:] = about["merges"]
+            context.curve[:] = about["curve"]
             losses = [(int(step), float(loss)) for step, loss in about["losses"]]
             return Trained(stage.steps, about["seconds"], about["peak_memory"], losses), False
         set_seed(context.seed % 2**32)
@@ -279,9 +355,11 @@ class _Runner:
             self.record.scratch / run.id / f"stage-{stage.number:04d}",
             self.observer.step,
             where=f"run {run.id}, task {names!r}",
+            watch=self._watch(context, stage),
         )
         about = {
             "merges": context.merges,
+            "curve": context.curve,
             "losses": trained.losses,
             "seconds": trained.seconds,
             "peak_memory": trained.peak_memory,
@@ -290,29 +368,62 @@ class _Runner:
             self.prefixes.save(stage.trained, context.weights(), about)
         return trained, True
 
-    def _scores(self, key: str) -> list[Score]:
-        """The score on every task of the weights in the model."""
+    def _watch(self, context: TaskRun, stage: Stage) -> Watch:
+        """Scores on all tasks while one trains, as far as they are asked for."""
+        settings = self.experiment.evaluation
+
+        def probe(step: int, moment: str) -> None:
+            for task in self.stream.tasks:
+                score = self.evaluator.held_out(
+                    context.learner, task.test, settings.during_limit
+                )
+                context.curve.append(
+                    {
+                        "step": step,
+                        "moment": moment,
+                        "task": task.name,
+                        "metric": score.metric,
+                        "value": score.value,
+                        "n": score.n,
+                        "stderr": score.stderr,
+                    }
+                )
+
+        return Watch(probe, settings.steps_between(stage.steps), settings.merges)
+
+    def _scores(self, key: str) -> list[TaskScores]:
+        """All scores of the weights in the model, task by task."""
         if key not in self.scored:
             assert self.learner is not None
-            size = self.experiment.evaluation.batch_size
-            self.scored[key] = [
-                accuracy(self.learner, task.test, size, self.device) for task in self.stream.tasks
+            scores: list[TaskScores] = [
+                (task.name, self.evaluator.scores(self.learner, task)) for task in self.stream.tasks
             ]
+            if general := self.evaluator.lm_eval(self.learner):
+                scores.append((_GENERAL, general))
+            self.scored[key] = scores
         return self.scored[key]
 
-    def _start_scores(self) -> list[Score]:
+    def _start_scores(self) -> list[TaskScores]:
         """b: the scores of theta_0."""
         if "start" not in self.scored:
             assert self.learner is not None
-            now = copy_weights(self.learner.module)
-            load_weights_(self.learner.module, self.start)
+            now = self.learner.weights()
+            self.learner.load(self.start)
             self._scores("start")
-            load_weights_(self.learner.module, now)
+            self.learner.load(now)
         return self.scored["start"]
 
-    def _score_lines(self, run: Run, stage: Stage, scores: list[Score]) -> list[dict[str, Any]]:
+    def _save_items(self, run: Run, stage: Stage, scores: list[TaskScores]) -> None:
+        """Keep what became of every item; the starting model's with the first stage."""
+        if stage.number == 0:
+            self.record.save_items(run.id, "start", self._start_scores())
+        self.record.save_items(run.id, f"stage-{stage.number:04d}", scores)
+
+    def _score_lines(
+        self, run: Run, stage: Stage, scores: list[TaskScores]
+    ) -> list[dict[str, Any]]:
         """The lines of scores.jsonl: this stage's, with those of theta_0 before the first."""
-        rows: list[tuple[int, str | None, int, list[Score]]] = [
+        rows: list[tuple[int, str | None, int, list[TaskScores]]] = [
             (stage.number, self.stream.tasks[stage.row].name, stage.steps, scores)
         ]
         if stage.number == 0:
@@ -323,14 +434,18 @@ class _Runner:
                 "stage": number,
                 "trained": trained,
                 "step": steps,
-                "task": task.name,
+                "task": task,
+                "evaluation": score.evaluation,
                 "metric": score.metric,
                 "value": score.value,
                 "n": score.n,
                 "stderr": score.stderr,
+                "better": score.better,
+                "headline": score.headline,
             }
             for number, trained, steps, row in rows
-            for task, score in zip(self.stream.tasks, row, strict=True)
+            for task, own in row
+            for score in own
         ]
 
     def _forget_weights(self, run: Run, stage: Stage) -> None:

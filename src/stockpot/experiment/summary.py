@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from stockpot.errors import DamagedRecordError
@@ -24,9 +25,9 @@ def write_summary(record: Record, plan: Plan, stream: Stream) -> list[dict[str, 
 def summarise(record: Record, plan: Plan, stream: Stream) -> list[dict[str, Any]]:
     """One object per finished run: method, settings, seed, R, b, metrics."""
     tasks = tuple(task.name for task in stream.tasks)
-    scores: dict[tuple[str, int], dict[str, float]] = {}
+    scores: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for line in record.scores():
-        scores.setdefault((line["run"], line["stage"]), {})[line["task"]] = line["value"]
+        scores.setdefault((line["run"], line["stage"]), []).append(line)
     return [
         {"stream": stream.name, "scenario": stream.scenario, **_one(record, run, tasks, scores)}
         for run in plan.runs
@@ -38,23 +39,30 @@ def _one(
     record: Record,
     run: Run,
     tasks: tuple[str, ...],
-    scores: dict[tuple[str, int], dict[str, float]],
+    scores: dict[tuple[str, int], list[dict[str, Any]]],
 ) -> dict[str, Any]:
     def row(stage: int) -> list[float]:
-        found = scores.get((run.id, stage), {})
+        found: dict[str, list[float]] = {}
+        for line in scores.get((run.id, stage), []):
+            if line.get("headline", True):
+                found.setdefault(line["task"], []).append(line["value"])
         missing = [task for task in tasks if task not in found]
         if missing:
             raise DamagedRecordError(
                 f"{record.folder / 'scores.jsonl'} lacks the score of run {run.id!r}, stage "
                 f"{stage}, on task {missing[0]!r}"
             )
-        return [found[task] for task in tasks]
+        return [math.fsum(found[task]) / len(found[task]) for task in tasks]
 
     R: list[list[float] | None] = [None] * len(tasks)
     for stage in run.stages:
         R[stage.row] = row(stage.number)
     b = row(-1)
     lines = [record.stages()[run.id, stage.number] for stage in run.stages]
+    last = scores[run.id, run.stages[-1].number]
+    headline = [line for line in last if line.get("headline", True)]
+    names = {line["metric"] for line in headline}
+    better = headline[0].get("better", "higher")
     return {
         "run": run.id,
         "method": run.method.name,
@@ -62,13 +70,21 @@ def _one(
         "label": run.label,
         "seed": run.seed,
         "tasks": list(tasks),
+        "metric": names.pop() if len(names) == 1 else "score",
+        "better": better,
         "R": R,
         "b": b,
         "metrics": {
-            **all_metrics(R, b),
+            **all_metrics(R, b, better),
             "l2_to_anchor": lines[-1]["l2_to_anchor"],
+            "kl_from_anchor": lines[-1].get("kl_from_anchor"),
             "seconds": sum(line["seconds"] for line in lines),
             "peak_memory": max(line["peak_memory"] for line in lines),
             "steps": sum(line["steps"] for line in lines),
         },
+        "scores": [
+            {key: line[key] for key in ("task", "evaluation", "metric", "value", "n", "stderr")}
+            for line in last
+            if "evaluation" in line
+        ],
     }

@@ -36,7 +36,7 @@ class Experts(Method):
         """
         from stockpot.merging.rules import linear
 
-        trained = {name for name, _ in run.model.named_parameters()}
+        trained = run.learner.parameter_names()
         weights = [{n: w for n, w in expert.items() if n in trained} for expert in experts]
         buffers = [{n: w for n, w in expert.items() if n not in trained} for expert in experts]
         start = {name: weight for name, weight in run.start.items() if name in trained}

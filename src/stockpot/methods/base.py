@@ -27,6 +27,8 @@ def short(value: Any) -> str:
     """A setting's value as names and figures give it: short, but never another value's."""
     if value is None:
         return "null"
+    if isinstance(value, list | tuple):
+        return ",".join(map(short, value))
     if not isinstance(value, float):
         return str(value)
     text = f"{value:g}"
@@ -102,6 +104,8 @@ class TaskRun:
     """What the loss was multiplied by before its gradient was taken (float16 training)."""
     merges: list[dict[str, float]] = field(default_factory=list)
     """The merge events of this stage."""
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    """Scores that were taken while this stage trained."""
 
     @property
     def model(self) -> nn.Module:
@@ -110,15 +114,11 @@ class TaskRun:
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Put ``weights`` into the model."""
-        from stockpot.models.learner import load_weights_
-
-        load_weights_(self.model, weights)
+        self.learner.load(weights)
 
     def weights(self) -> dict[str, Tensor]:
         """A copy of the model's weights as they are now."""
-        from stockpot.models.learner import copy_weights
-
-        return copy_weights(self.model)
+        return self.learner.weights()
 
 
 class Method(BaseModel):
@@ -140,6 +140,10 @@ class Method(BaseModel):
     headline: ClassVar[tuple[str, ...]] = ()
     """The settings that a run's name always gives; others only when they are not the default."""
 
+    def left_out(self) -> tuple[str, ...]:
+        """The names of tasks that joint training leaves out."""
+        return ()
+
     def start_task(self, run: TaskRun) -> None:
         """Choose the weights to start from; load what earlier tasks left."""
         run.load(run.previous if self.starts_from == "previous" else run.start)
@@ -153,6 +157,10 @@ class Method(BaseModel):
     def before_step(self, run: TaskRun) -> Tensor | None:
         """May add to the gradients, before they are clipped; returns the penalty's value."""
         return None
+
+    def averages_at(self, step: int) -> bool:
+        """Whether ``after_step`` averages the weights at this step."""
+        return False
 
     def after_step(self, run: TaskRun, step: int) -> None:
         """May change the weights, after optimizer step ``step`` (1-based)."""

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from stockpot.averaging.weights import trainable_weights
-from stockpot.models.learner import evaluating
+from stockpot.errors import ConfigError
+from stockpot.models.learner import ImageLearner, evaluating, to_device
 
 if TYPE_CHECKING:
     from stockpot.models.learner import Learner
@@ -50,11 +51,41 @@ def fisher_diagonal(
         float32 values on the model's device, by the names of the trainable parameters.
     """
     with evaluating(learner.module):
-        return _accumulate(learner, data, samples, labels, seed)
+        if isinstance(learner, ImageLearner):
+            return _accumulate(learner, data, samples, labels, seed)
+        return _one_by_one(learner, data, samples, labels, seed)
+
+
+def _one_by_one(
+    learner: Learner,
+    data: TaskData,
+    samples: int | None,
+    labels: Literal["sampled", "true", "exact"],
+    seed: int,
+) -> dict[str, Tensor]:
+    """Of texts: log p is that of all learned tokens, each after the data's tokens before it."""
+    if labels == "exact":
+        raise ConfigError("ewc.labels = exact sums over all responses; use sampled or true")
+    parameters = trainable_weights(learner.module)
+    device = next(iter(parameters.values())).device
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(data), generator=generator)[:samples]
+    totals = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
+    for row in chosen.tolist():
+        logits, targets, _ = learner.predictions(to_device(data.__getitems__([row]), device))
+        if labels == "sampled":
+            chances = F.softmax(logits.detach().float(), dim=-1).cpu()
+            targets = torch.multinomial(chances, 1, generator=generator).flatten().to(device)
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        for name, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                totals[name].add_(gradient.float().square())
+    return {name: total / len(chosen) for name, total in totals.items()}
 
 
 def _accumulate(
-    learner: Learner,
+    learner: ImageLearner,
     data: TaskData,
     samples: int | None,
     labels: Literal["sampled", "true", "exact"],

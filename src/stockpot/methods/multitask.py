@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from pydantic import Field
+
 from stockpot.methods.base import Method
 
 __all__ = ["Multitask"]
@@ -14,6 +16,16 @@ class Multitask(Method):
 
     name: ClassVar[str] = "multitask"
     joint: ClassVar[bool] = True
+
+    without: str | None = Field(
+        None,
+        description="a task that is not trained on, only scored: what a model knows that has never "
+        "seen it; several with commas",
+    )
+
+    def left_out(self) -> tuple[str, ...]:
+        """The names of the tasks that are not trained on."""
+        return tuple(name.strip() for name in (self.without or "").split(",") if name.strip())
 
     def training_identity(self, stage: int) -> dict[str, Any]:
         """Plain fine-tuning, on more data."""

@@ -59,11 +59,17 @@ class SFA(Method):
         super().start_task(run)
         self._averager = None
         if run.stage or self.protect_base:
-            anchor = averaging.Anchor({name: w.to(run.device) for name, w in run.previous.items()})
+            # Fresh adapters change nothing: the anchor is the base that they stand on.
+            held = {} if run.learner.adapted else run.previous
+            anchor = averaging.Anchor({name: w.to(run.device) for name, w in held.items()})
             averager = averaging.SFA(
                 p=self.p or 1.0, beta=self.beta, every=self.every, anchor=anchor
             )
             self._averager = averager.attach(run.model, total_steps=run.total_steps)
+
+    def averages_at(self, step: int) -> bool:
+        """Whether ``step`` is a merge step."""
+        return self._averager is not None and self._averager.averages_at(step)
 
     def after_step(self, run: TaskRun, step: int) -> None:
         """Average if ``step`` is a merge step."""

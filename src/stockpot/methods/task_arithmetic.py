@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
+from stockpot.errors import ConfigError
 from stockpot.methods._experts import Experts
 
 if TYPE_CHECKING:
@@ -16,7 +17,10 @@ __all__ = ["TaskArithmetic"]
 
 
 class TaskArithmetic(Experts):
-    """theta_0 + scale * sum_i (theta_i - theta_0), each theta_i trained from theta_0."""
+    """theta_0 + scale * sum_i (theta_i - theta_0), each theta_i trained from theta_0.
+
+    With ``weights`` each task vector has a factor of its own in place of ``scale``.
+    """
 
     name: ClassVar[str] = "task-arithmetic"
     reference: ClassVar[str] = "Ilharco et al. 2023, arXiv 2212.04089"
@@ -31,10 +35,23 @@ class TaskArithmetic(Experts):
         description="factor of the summed task vectors (lambda)",
     )
 
+    weights: tuple[float, ...] | None = Field(
+        None,
+        description="each task's own factor instead of scale, in the stream's order; a list of "
+        "such lists makes a grid: [[0.25, 0.75], [0.75, 0.25]]",
+    )
+
     def merge(
         self, start: Mapping[str, Tensor], experts: list[dict[str, Tensor]]
     ) -> Mapping[str, Tensor]:
         """Add the scaled task vectors."""
         from stockpot.merging.rules import task_arithmetic
 
-        return task_arithmetic(start, experts, scale=self.scale)
+        if self.weights is None:
+            return task_arithmetic(start, experts, scale=self.scale)
+        if len(self.weights) < len(experts):
+            raise ConfigError(
+                f"task-arithmetic.weights = {list(self.weights)} has {len(self.weights)} factors "
+                f"and there are {len(experts)} tasks"
+            )
+        return task_arithmetic(start, experts, weights=self.weights[: len(experts)])

@@ -13,14 +13,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from stockpot.errors import ConfigError
-from stockpot.models.learner import Learner, to_unit_range
+from stockpot.models.learner import ImageLearner, to_unit_range
 
 __all__ = ["image_processing", "load_image_classifier", "preprocess_images"]
 
 
 def load_image_classifier(
     source: str, revision: str | None, pretrained: bool, labels: int
-) -> Learner:
+) -> ImageLearner:
     """``AutoModelForImageClassification`` with a head for ``labels`` labels.
 
     A head of another size is replaced by a fresh one; everything else must load.
@@ -61,7 +61,7 @@ def load_image_classifier(
         raise ConfigError(
             f"the preprocessor_config.json of {source!r} cannot be used: {error}"
         ) from error
-    return Learner(module, partial(preprocess_images, **processing))
+    return ImageLearner(module, partial(preprocess_images, **processing))
 
 
 def _check_body(source: str, module: Any, loaded: dict[str, Any]) -> None:

@@ -1,13 +1,15 @@
-"""A model that classifies images: the module, what it wants to see, and its weights by name."""
+"""A model as the program sees it: from a batch to predictions, and its weights by name."""
 
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stockpot.errors import ConfigError, NonFiniteError, StockpotError
@@ -16,7 +18,9 @@ if TYPE_CHECKING:
     from stockpot.streams.data import Stream
 
 __all__ = [
+    "ImageLearner",
     "Learner",
+    "Predictions",
     "check_finite",
     "check_learner",
     "conv",
@@ -24,6 +28,7 @@ __all__ = [
     "evaluating",
     "load_weights_",
     "mlp",
+    "to_device",
     "to_unit_range",
 ]
 
@@ -33,8 +38,73 @@ def to_unit_range(images: Tensor) -> Tensor:
     return torch.div(images, 255) if images.dtype == torch.uint8 else images
 
 
+class Predictions(NamedTuple):
+    """What a model says of a batch, at every place where it is asked something.
+
+    An image is one place; a text has one for each token to be learned.
+    """
+
+    logits: Tensor
+    """(P, V), one row a place."""
+    targets: Tensor
+    """(P,) int64, what would be right."""
+    example: Tensor
+    """(P,) int64, the example of the batch that a place belongs to."""
+
+    def losses(self) -> Tensor:
+        """(P,) float32: ``-log p(target)`` at each place, in nats."""
+        return F.cross_entropy(self.logits.float(), self.targets, reduction="none")
+
+
+class Learner(ABC):
+    """A module, and how a batch of its stream becomes predictions."""
+
+    module: nn.Module
+
+    @abstractmethod
+    def predictions(self, batch: Any, module: nn.Module | None = None) -> Predictions:
+        """The logits and targets of a batch that is on the module's device.
+
+        Args:
+            batch: what the data set gives.
+            module: the module as a trainer has wrapped it; by default the module itself.
+        """
+
+    @abstractmethod
+    def count(self, batch: Any) -> int:
+        """How many places a batch has, without asking the model."""
+
+    def loss(self, batch: Any, module: nn.Module | None = None) -> Tensor:
+        """Cross-entropy in nats, its mean over the places of the batch."""
+        logits, targets, _ = self.predictions(batch, module)
+        return F.cross_entropy(logits.float(), targets)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are trained, and not the weights themselves."""
+        return False
+
+    # The model's weights. With adapters these are not the module's own tensors.
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of all weights (parameters and persistent buffers) in host memory."""
+        return copy_weights(self.module)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Write ``weights`` into the model, in place.
+
+        Raises:
+            StockpotError: if a name or a shape does not match.
+        """
+        load_weights_(self.module, weights)
+
+    def parameter_names(self) -> set[str]:
+        """Which of the weights are parameters, and not buffers."""
+        return {name for name, _ in self.module.named_parameters()}
+
+
 @dataclass(frozen=True)
-class Learner:
+class ImageLearner(Learner):
     """A module from a batch of images to logits.
 
     Args:
@@ -47,9 +117,21 @@ class Learner:
     module: nn.Module
     preprocess: Callable[[Tensor], Tensor] = to_unit_range
 
-    def logits(self, images: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def logits(
+        self, images: Tensor, allowed: Tensor | None = None, module: nn.Module | None = None
+    ) -> Tensor:
         """(B, labels); labels that an example may not choose have -inf."""
-        return self.select(self.module(self.preprocess(images)), allowed)
+        return self.select((module or self.module)(self.preprocess(images)), allowed)
+
+    def predictions(self, batch: Any, module: nn.Module | None = None) -> Predictions:
+        """One place an image."""
+        logits = self.logits(batch["pixel_values"], batch["allowed"], module)
+        labels = batch["labels"]
+        return Predictions(logits, labels, torch.arange(len(labels), device=labels.device))
+
+    def count(self, batch: Any) -> int:
+        """One place an image."""
+        return len(batch["labels"])
 
     @staticmethod
     def select(output: Any, allowed: Tensor | None) -> Tensor:
@@ -153,8 +235,16 @@ def load_weights_(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
         tensor.copy_(weights[name])
 
 
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """A batch with all its tensors on ``device``."""
+    return {
+        name: value.to(device) if isinstance(value, Tensor) else value
+        for name, value in batch.items()
+    }
+
+
 def check_learner(learner: Learner, stream: Stream, device: torch.device) -> Tensor:
-    """Try the model on some images before anything is trained; returns their logits.
+    """Try the model on some examples before anything is trained; returns their logits.
 
     Raises:
         ConfigError: if it has nothing to train, fails, or gives logits of another shape.
@@ -162,16 +252,19 @@ def check_learner(learner: Learner, stream: Stream, device: torch.device) -> Ten
     if not any(p.requires_grad for p in learner.module.parameters()):
         raise ConfigError("the model has no trainable parameters: there is nothing to fine-tune")
     rows = torch.arange(min(16, len(stream.tasks[0].train)))
-    images = stream.tasks[0].train.__getitems__(rows)["pixel_values"].to(device)
+    batch: Any = to_device(stream.tasks[0].train.__getitems__(rows), device)
+    what, tensor = next(iter(batch.items()))
     with evaluating(learner.module), torch.no_grad():
         try:
-            logits = learner.logits(images)
+            # Labels that a task does not allow are no matter of the model.
+            logits = learner.predictions({**batch, "allowed": None}).logits
         except Exception as error:  # the module may be anyone's
+            what = "images" if what == "pixel_values" else what
             raise ConfigError(
-                f"the model fails on images of shape {tuple(images.shape)}: "
+                f"the model fails on {what} of shape {tuple(tensor.shape)}: "
                 f"{type(error).__name__}: {error}"
             ) from error
-    if logits.shape != (len(rows), stream.labels):
+    if stream.labels is not None and logits.shape != (len(rows), stream.labels):
         raise ConfigError(
             f"the model gives logits of shape {tuple(logits.shape)} for {len(rows)} images; this "
             f"stream needs {(len(rows), stream.labels)}, one for each of its {stream.labels} labels"

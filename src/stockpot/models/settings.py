@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,8 +15,17 @@ from stockpot.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from stockpot.models.learner import Learner
     from stockpot.streams.data import Stream
+    from stockpot.streams.text import TextStream
 
-__all__ = ["MODELS", "ModelSettings", "expand_model"]
+__all__ = ["MODELS", "ModelSettings", "expand_model", "resolve_model"]
+
+
+def resolve_model(source: str) -> str:
+    """Where to read a model from: ``STOCKPOT_MODELS``, a folder of models, goes before the hub."""
+    mirror = os.environ.get("STOCKPOT_MODELS")
+    if mirror and not Path(source).exists() and (Path(mirror) / source).is_dir():
+        return str((Path(mirror) / source).resolve())
+    return source
 
 
 class ModelSettings(BaseModel):
@@ -24,8 +34,23 @@ class ModelSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
 
+    def encode(self, stream: Stream | TextStream) -> Stream:
+        """The stream as this model takes it; a stream of images stays as it is.
+
+        Raises:
+            ConfigError: if it is text and the model has no tokenizer.
+        """
+        from stockpot.streams.text import TextStream
+
+        if isinstance(stream, TextStream):
+            raise ConfigError(
+                f"model: {self.name} classifies images and stream {stream.name!r} is text: give a "
+                "language model, by its hub id or local folder"
+            )
+        return stream
+
     def build(self, stream: Stream) -> Learner:
-        """Make the model for the stream's images and labels, with fresh or pre-trained weights."""
+        """Make the model for the encoded stream, with fresh or pre-trained weights."""
         raise NotImplementedError(f"{type(self).__name__}.build")
 
 
@@ -44,9 +69,9 @@ class Mlp(ModelSettings):
 
     def build(self, stream: Stream) -> Learner:
         """Pixels in [0, 1], flattened; PyTorch's default initialisation."""
-        from stockpot.models.learner import Learner, mlp
+        from stockpot.models.learner import ImageLearner, mlp
 
-        return Learner(mlp(stream.image_shape, self.hidden, stream.labels))
+        return ImageLearner(mlp(*_image_task(stream, self.hidden)))
 
 
 class Conv(ModelSettings):
@@ -65,23 +90,72 @@ class Conv(ModelSettings):
 
     def build(self, stream: Stream) -> Learner:
         """Pixels in [0, 1]; PyTorch's default initialisation."""
-        from stockpot.models.learner import Learner, conv
+        from stockpot.models.learner import ImageLearner, conv
 
-        return Learner(conv(stream.image_shape, self.channels, stream.labels, self.norm))
+        return ImageLearner(conv(*_image_task(stream, self.channels), self.norm))
+
+
+def _image_task(
+    stream: Stream, widths: tuple[int, ...]
+) -> tuple[tuple[int, int, int], tuple[int, ...], int]:
+    """Image shape, the network's widths and the number of labels."""
+    assert stream.image_shape is not None
+    assert stream.labels is not None
+    return stream.image_shape, widths, stream.labels
+
+
+class Lora(BaseModel):
+    """Low-rank adapters (Hu et al. 2021), trained in place of the weights; needs PEFT."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    r: int = Field(8, ge=1, description="rank of an adapter")
+    alpha: float = Field(16, gt=0, description="an adapter's product counts alpha / r times")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on an adapter's input")
+    target_modules: tuple[str, ...] | None = Field(
+        None, description="names of the layers that get one; null: every linear layer but the head"
+    )
 
 
 class HuggingFace(ModelSettings):
-    """Any Hugging Face image-classification model, by hub id or local folder."""
+    """Any Hugging Face model, by hub id or local folder: an image classifier for a stream of
+    images; for a stream of text a causal or encoder-decoder language model."""
 
     name: Literal["huggingface"] = "huggingface"
     id: str = Field(description="hub id, or a local folder that holds config.json")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     pretrained: bool = Field(True, description="load the weights; false: fresh ones of this shape")
+    family: str | None = Field(
+        None,
+        description="the architecture as Transformers calls it (llama, qwen2, t5, vit): --smoke "
+        "makes a tiny model of it without asking the hub",
+    )
+    max_length: int | None = Field(
+        None,
+        ge=8,
+        description="text: longest example in tokens, longer ones are cut and counted (prompt and "
+        "response each for an encoder-decoder); null: what the model takes, at most 2048",
+    )
+    chat_template: bool | None = Field(
+        None, description="text: use the tokenizer's chat template; null: if it has one"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="what the weights are kept in; bfloat16 halves the memory and rounds every "
+        "step and every average (training.precision: bfloat16 computes in it and does not)",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations twice instead of keeping them: less memory"
+    )
+    lora: Lora | None = Field(
+        None,
+        description="train low-rank adapters: a mapping with r, alpha, dropout, target_modules. "
+        "After each task they are merged into the weights and the next task begins fresh ones",
+    )
 
     @field_validator("id")
     @classmethod
     def _id_or_folder(cls, value: str) -> str:
-        known = re.fullmatch(r"[\w.-]+/[\w.-]+", value) or Path(value).is_dir()
+        known = re.fullmatch(r"[\w.-]+/[\w.-]+", value) or Path(resolve_model(value)).is_dir()
         if not known:
             raise ValueError(
                 f"unknown model {value!r}: it is no local folder, no hub id (organisation/name) "
@@ -89,11 +163,46 @@ class HuggingFace(ModelSettings):
             )
         return value
 
+    def known_family(self) -> str:
+        """The architecture: as the settings say, else as the model's config.json does.
+
+        Raises:
+            ConfigError: if neither says so.
+        """
+        if self.family is not None:
+            return self.family
+        from transformers import AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(resolve_model(self.id), revision=self.revision)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"--smoke makes a tiny model of the family of {self.id!r}, whose config.json "
+                "cannot be had: name the family, as in model.family=llama"
+            ) from error
+        return str(config.model_type)
+
+    def encode(self, stream: Stream | TextStream) -> Stream:
+        """Text as the model's tokens."""
+        from stockpot.streams.text import TextStream
+
+        if not isinstance(stream, TextStream):
+            return stream
+        from stockpot.models.language import encode_stream
+
+        return encode_stream(stream, self)
+
     def build(self, stream: Stream) -> Learner:
-        """The model with a head for the stream's labels; images as its processor wants them."""
+        """A language model for text; for images one with a head for the stream's labels."""
+        if stream.labels is None:
+            from stockpot.models.language import load_language_model
+
+            return load_language_model(self)
         from stockpot.models.huggingface import load_image_classifier
 
-        return load_image_classifier(self.id, self.revision, self.pretrained, stream.labels)
+        return load_image_classifier(
+            resolve_model(self.id), self.revision, self.pretrained, stream.labels
+        )
 
 
 class Factory(ModelSettings):
@@ -123,7 +232,7 @@ class Factory(ModelSettings):
         """
         from torch import nn
 
-        from stockpot.models.learner import Learner
+        from stockpot.models.learner import ImageLearner
 
         module_name, _, function_name = self.factory.partition(":")
         try:
@@ -151,7 +260,7 @@ class Factory(ModelSettings):
                 f"model.factory = {self.factory!r} returned {type(module).__name__}, not a "
                 "torch.nn.Module"
             )
-        return Learner(module)
+        return ImageLearner(module)
 
 
 MODELS: dict[str, type[ModelSettings]] = {

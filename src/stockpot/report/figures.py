@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from stockpot.files import space_errors
 from stockpot.methods import METHODS
 from stockpot.methods.base import short
 from stockpot.report.style import colour, literal, marker, title
-from stockpot.report.table import Group, Interval, method_title
+from stockpot.report.table import Group, Interval, Measure, measure_of, method_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -117,33 +118,39 @@ def trade_off_plane(groups: Sequence[Group], tasks: Sequence[str], subtitle: str
     dashes = ("-", "--", ":", "-.")
     drawn: dict[str, int] = {}
     labelled: set[str] = set()
+    measure = measure_of(groups[0].runs)
     for curve in all_curves:
         line = "none" if curve.along is None else dashes[drawn.get(curve.method, 0) % 4]
         drawn[curve.method] = drawn.get(curve.method, 0) + (curve.along is not None)
-        _draw(axes, curve, line)
-        _label_points(axes, curve, labelled)
+        _draw(axes, curve, line, measure.scale)
+        _label_points(axes, curve, labelled, measure.scale)
     tasks = [literal(task) for task in tasks]
     earlier = tasks[0] if len(tasks) == 2 else f"mean of the {len(tasks) - 1} earlier tasks"
-    axes.set_xlabel(f"accuracy on the last task, {tasks[-1]} (%)")
-    axes.set_ylabel(f"accuracy on {earlier} (%)" if len(tasks) > 1 else "accuracy (%)")
+    name, unit = measure.name, measure.unit
+    axes.set_xlabel(f"{name} on the last task, {tasks[-1]} ({unit})")
+    axes.set_ylabel(f"{name} on {earlier} ({unit})" if len(tasks) > 1 else f"{name} ({unit})")
     axes.set_title(f"Kept against learned{subtitle}", loc="left", fontsize=11)
     axes.grid(alpha=0.25, linewidth=0.6)
-    # Intervals may reach where no accuracy can be; the axes need not.
-    left, right = axes.get_xlim()
-    low, high = axes.get_ylim()
-    axes.set_xlim(max(left, -2), min(right, 102))
-    axes.set_ylim(max(low, -2), min(high, 102))
+    if measure.unit == "%":
+        # Intervals may reach where no share can be; the axes need not.
+        left, right = axes.get_xlim()
+        low, high = axes.get_ylim()
+        axes.set_xlim(max(left, -2), min(right, 102))
+        axes.set_ylim(max(low, -2), min(high, 102))
+    if measure.better == "lower":  # up and right stay the better sides
+        axes.invert_xaxis()
+        axes.invert_yaxis()
     axes.legend(
         loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8, labelspacing=0.7
     )
     return figure
 
 
-def _draw(axes: Axes, curve: Curve, line: str) -> None:
-    x = [point.new.mean * 100 for point in curve.points]
-    y = [point.old.mean * 100 for point in curve.points]
-    width = [(point.new.half_width or 0) * 100 for point in curve.points]
-    height = [(point.old.half_width or 0) * 100 for point in curve.points]
+def _draw(axes: Axes, curve: Curve, line: str, scale: float) -> None:
+    x = [point.new.mean * scale for point in curve.points]
+    y = [point.old.mean * scale for point in curve.points]
+    width = [(point.new.half_width or 0) * scale for point in curve.points]
+    height = [(point.old.half_width or 0) * scale for point in curve.points]
     star = curve.method == "multitask"
     shade = colour(curve.method)
     axes.errorbar(x, y, xerr=width, yerr=height, fmt="none", ecolor=shade, alpha=0.28, elinewidth=1)
@@ -162,7 +169,7 @@ def _draw(axes: Axes, curve: Curve, line: str) -> None:
     )
 
 
-def _label_points(axes: Axes, curve: Curve, labelled: set[str]) -> None:
+def _label_points(axes: Axes, curve: Curve, labelled: set[str], scale: float) -> None:
     """The setting's value at every point of a curve; a point on two curves has its first's."""
     if curve.along is None:
         return
@@ -171,7 +178,7 @@ def _label_points(axes: Axes, curve: Curve, labelled: set[str]) -> None:
             labelled.add(point.group.label)
             axes.annotate(
                 f"{point.group.settings[curve.along]:g}",
-                (point.new.mean * 100, point.old.mean * 100),
+                (point.new.mean * scale, point.old.mean * scale),
                 textcoords="offset points",
                 xytext=(5, 4),
                 fontsize=6.5,
@@ -181,11 +188,12 @@ def _label_points(axes: Axes, curve: Curve, labelled: set[str]) -> None:
 
 
 def accuracy_matrices(groups: Sequence[Group], tasks: Sequence[str]) -> Figure:
-    """R as a heat map: each method at its best setting by average accuracy, mean over seeds."""
+    """R as a heat map: each method at its best setting by the average, mean over seeds."""
     best: dict[str, Group] = {}
+    measure = measure_of(groups[0].runs)
     for group in groups:
         held = best.get(group.method)
-        if held is None or _average(group) > _average(held):
+        if held is None or _average(group, measure) > _average(held, measure):
             best[group.method] = group
     columns = min(4, len(best))
     rows = -(-len(best) // columns)
@@ -193,31 +201,50 @@ def accuracy_matrices(groups: Sequence[Group], tasks: Sequence[str]) -> Figure:
     figure, grid = _figure(side * columns + 1.6, (side + 0.45) * rows + 0.6, rows, columns)
     panels = list(grid.flat)
     image = None
+    limits = _limits(best.values(), measure)
     for axes, group in zip(panels, best.values(), strict=False):
-        image = _heat_map(axes, group, tasks, int(11 * side))
+        image = _heat_map(axes, group, tasks, int(11 * side), measure, limits)
     for axes in panels[len(best) :]:
         axes.set_visible(False)
     if image is not None:
         bar = figure.colorbar(image, ax=panels, shrink=0.75, pad=0.02)
-        bar.set_label("accuracy (%)", fontsize=8)
+        bar.set_label(f"{measure.name} ({measure.unit})", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     figure.supxlabel("scored on", fontsize=9)
     figure.supylabel("after training through", fontsize=9)
     return figure
 
 
-def _average(group: Group) -> float:
-    interval = group.metric("average_accuracy")
-    return -1.0 if interval is None else interval.mean
+def _average(group: Group, measure: Measure) -> float:
+    interval = group.metric("average")
+    return -math.inf if interval is None else measure.sign * interval.mean
 
 
-def _heat_map(axes: Axes, group: Group, tasks: Sequence[str], letters: int) -> Any:
+def _limits(groups: Iterable[Group], measure: Measure) -> tuple[float, float]:
+    """The ends of the colour scale: 0 and 100 %, else the range of the numbers."""
+    if measure.unit == "%":
+        return 0.0, 100.0
+    values = [v * measure.scale for g in groups for row in g.matrix() for v in row if v is not None]
+    return min(values), max(values)
+
+
+def _heat_map(
+    axes: Axes,
+    group: Group,
+    tasks: Sequence[str],
+    letters: int,
+    measure: Measure,
+    limits: tuple[float, float],
+) -> Any:
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
     matrix = group.matrix()
-    values = np.array([[np.nan if v is None else v * 100 for v in row] for row in matrix])
-    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", aspect="equal")
+    scale = measure.scale
+    values = np.array([[np.nan if v is None else v * scale for v in row] for row in matrix])
+    colours = "viridis" if measure.better == "higher" else "viridis_r"
+    low, high = limits
+    image = axes.imshow(values, vmin=low, vmax=high, cmap=colours, aspect="equal")
     axes.set_facecolor("#eeeeee")  # rows that were never trained
     lines = textwrap.wrap(method_title(group), width=letters)
     axes.set_title("\n".join(lines), fontsize=7.5)
@@ -225,8 +252,10 @@ def _heat_map(axes: Axes, group: Group, tasks: Sequence[str], letters: int) -> A
     if len(tasks) <= 10:
         for (t, i), value in np.ndenumerate(values):
             if not np.isnan(value):
-                ink = "white" if value < 60 else "black"
-                axes.text(i, t, f"{value:.0f}", ha="center", va="center", fontsize=7, color=ink)
+                bright = (value - low) / ((high - low) or 1.0)
+                ink = "white" if (bright < 0.6) == (measure.better == "higher") else "black"
+                shown = f"{value:.{0 if measure.unit == '%' else 2}f}"
+                axes.text(i, t, shown, ha="center", va="center", fontsize=7, color=ink)
         upright = len(tasks) <= 3
         axes.set_xticks(
             range(len(tasks)),

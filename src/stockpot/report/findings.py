@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stockpot.report.table import Group, Interval, method_title
+from stockpot.report.table import Group, measure_of, method_title
 
 __all__ = ["headline"]
 
@@ -14,9 +14,10 @@ _YARDSTICKS = ("multitask", "rehearsal")
 
 def headline(groups: Sequence[Group]) -> str:
     """Which method and setting keeps most, how that compares, and what cannot be concluded."""
+    measure = measure_of(groups[0].runs)
     ranked = sorted(
-        ((score, group) for group in groups if (score := group.metric("average_accuracy"))),
-        key=lambda pair: -pair[0].mean,
+        ((score, group) for group in groups if (score := group.metric("average"))),
+        key=lambda pair: -measure.sign * pair[0].mean,
     )
     free = [pair for pair in ranked if pair[1].method not in _YARDSTICKS]
     if not free:
@@ -24,11 +25,11 @@ def headline(groups: Sequence[Group]) -> str:
     best_score, best = free[0]
     first = (
         f"Without old data, {method_title(best)} does best on average over the tasks: "
-        f"{_percent(best_score)}"
+        f"{measure.text(best_score)}"
     )
     sequential = next((pair for pair in ranked if pair[1].method == "sequential"), None)
     if sequential and best.method != "sequential":
-        first += f", against {_percent(sequential[0])} for sequential fine-tuning"
+        first += f", against {measure.text(sequential[0])} for sequential fine-tuning"
     first += "."
     picked = " Settings were picked on these same scores."
     if len(free) == len({group.method for _, group in free}):
@@ -38,16 +39,11 @@ def headline(groups: Sequence[Group]) -> str:
     others = [pair for pair in free if pair[1].method != best.method]
     rival_score, rival = (others or free[1:])[0]
     kind = "method" if others else "setting"
-    second = f" The next {kind} is {method_title(rival)} with {_percent(rival_score)}"
+    second = f" The next {kind} is {method_title(rival)} with {measure.text(rival_score)}"
     if best_score.half_width is None or rival_score.half_width is None:
         second += "; with one seed, no difference can be called real."
-    elif best_score.mean - best_score.half_width > rival_score.mean + rival_score.half_width:
+    elif abs(best_score.mean - rival_score.mean) > best_score.half_width + rival_score.half_width:
         second += "; the intervals do not overlap."
     else:
         second += "; the intervals overlap, so this does not say which of the two is better."
     return first + second + picked
-
-
-def _percent(interval: Interval) -> str:
-    text = f"{interval.mean * 100:.1f} %"
-    return text if interval.half_width is None else f"{text} ± {interval.half_width * 100:.1f}"

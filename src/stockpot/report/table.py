@@ -5,13 +5,24 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from stockpot.report.style import title
 
-__all__ = ["COLUMNS", "Column", "Group", "Interval", "group_runs", "to_csv", "to_markdown"]
+__all__ = [
+    "Column",
+    "Group",
+    "Interval",
+    "Measure",
+    "group_runs",
+    "measure_of",
+    "result_columns",
+    "task_columns",
+    "to_csv",
+    "to_markdown",
+]
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ class Group:
 
     def metric(self, name: str) -> Interval | None:
         """A metric over the seeds."""
-        return Interval.of([run["metrics"][name] for run in self.runs])
+        return Interval.of([run["metrics"].get(name) for run in self.runs])
 
     def final(self, task: int) -> Interval | None:
         """The last score on a task over the seeds."""
@@ -86,6 +97,40 @@ def method_title(group: Group) -> str:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """What the scores of R are, and how they are written."""
+
+    name: str
+    unit: str
+    difference: str
+    """The unit of a difference of two."""
+    scale: float
+    digits: int
+    better: str
+    """``higher`` or ``lower``."""
+
+    @property
+    def sign(self) -> int:
+        """1 if higher is better, else -1."""
+        return 1 if self.better == "higher" else -1
+
+    def text(self, interval: Interval) -> str:
+        """``81.2 % ± 2.0``."""
+        value = f"{interval.mean * self.scale:.{self.digits}f} {self.unit}"
+        if interval.half_width is None:
+            return value
+        return f"{value} ± {interval.half_width * self.scale:.{self.digits}f}"
+
+
+def measure_of(runs: Sequence[Mapping[str, Any]]) -> Measure:
+    """What the runs of an experiment were scored by."""
+    name = runs[0].get("metric", "accuracy")
+    if name == "loss":
+        return Measure("held-out loss", "nats", "nats", 1.0, 3, "lower")
+    return Measure(name, "%", "% points", 100.0, 1, runs[0].get("better", "higher"))
+
+
+@dataclass(frozen=True)
 class Column:
     """A column of the results: where its numbers come from and how they are written."""
 
@@ -113,33 +158,39 @@ def _metric(key: str, title: str, unit: str, scale: float = 1.0, digits: int = 1
     return Column(key, title, unit, lambda group: group.metric(key), scale, digits)
 
 
-COLUMNS: tuple[Column, ...] = (
-    _metric("average_accuracy", "average", "%", 100),
-    _metric("forgetting", "forgotten since learned", "% points", 100),
-    _metric("forgetting_vs_best", "forgotten since best", "% points", 100),
-    _metric("bwt", "BWT", "% points", 100),
-    _metric("fwt", "FWT", "% points", 100),
-    _metric("l2_to_anchor", "L2 to anchor", "", 1, 2),
-    _metric("seconds", "time", "s", 1, 1),
-    _metric("peak_memory", "peak memory", "MB", 1e-6, 0),
-)
+def result_columns(groups: Sequence[Group]) -> tuple[Column, ...]:
+    """The columns after those of the single tasks."""
+    m = measure_of(groups[0].runs)
+    gains = (m.difference, m.scale, m.digits)
+    return (
+        _metric("average", "average", m.unit, m.scale, m.digits),
+        _metric("forgetting", "forgotten since learned", *gains),
+        _metric("forgetting_vs_best", "forgotten since best", *gains),
+        _metric("bwt", "BWT", *gains),
+        _metric("fwt", "FWT", *gains),
+        _metric("l2_to_anchor", "L2 to anchor", "", 1, 2),
+        _metric("kl_from_anchor", "KL from anchor", "nats", 1, 3),
+        _metric("seconds", "time", "s", 1, 1),
+        _metric("peak_memory", "peak memory", "MB", 1e-6, 0),
+    )
 
 
-def task_columns(tasks: Sequence[str]) -> tuple[Column, ...]:
+def task_columns(groups: Sequence[Group]) -> tuple[Column, ...]:
     """One column per task: its score at the end of the stream."""
+    m = measure_of(groups[0].runs)
 
     def final_of(number: int) -> Callable[[Group], Interval | None]:
         return lambda group: group.final(number)
 
     return tuple(
-        Column(f"final.{task}", task, "%", final_of(number), 100)
-        for number, task in enumerate(tasks)
+        Column(f"final.{task}", task, m.unit, final_of(number), m.scale, m.digits)
+        for number, task in enumerate(groups[0].runs[0]["tasks"])
     )
 
 
-def to_markdown(groups: Sequence[Group], tasks: Sequence[str]) -> str:
+def to_markdown(groups: Sequence[Group]) -> str:
     """The whole table in Markdown."""
-    columns = (*task_columns(tasks), *COLUMNS)
+    columns = (*task_columns(groups), *result_columns(groups))
     head = ["method", *(f"{c.title} ({c.unit})" if c.unit else c.title for c in columns)]
     rows = [[group.label, *(c.text(group) for c in columns)] for group in groups]
     lines = [_row(head), "|---|" + "---:|" * len(columns), *map(_row, rows)]
@@ -151,9 +202,9 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(plain) + " |"
 
 
-def to_csv(groups: Sequence[Group], tasks: Sequence[str]) -> str:
+def to_csv(groups: Sequence[Group]) -> str:
     """The whole table with plain numbers, a mean and a half width per column."""
-    columns = (*task_columns(tasks), *COLUMNS)
+    columns = (*task_columns(groups), *result_columns(groups))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(

@@ -11,7 +11,7 @@ from stockpot.errors import DamagedRecordError, StockpotError
 from stockpot.files import read_json, read_text, space_errors, write_text
 from stockpot.report.figures import accuracy_matrices, save_figure, trade_off_plane
 from stockpot.report.findings import headline
-from stockpot.report.table import COLUMNS, Group, group_runs, task_columns, to_csv, to_markdown
+from stockpot.report.table import Group, group_runs, result_columns, task_columns, to_csv, to_markdown
 
 __all__ = ["read_summary", "write_report"]
 
@@ -35,8 +35,8 @@ def write_report(folder: Path) -> Path:
         raise StockpotError(f"no run in {folder} is finished yet; there is nothing to report")
     groups = group_runs(summary)
     tasks = summary[0]["tasks"]
-    write_text(folder / "results.md", to_markdown(groups, tasks))
-    write_text(folder / "results.csv", to_csv(groups, tasks))
+    write_text(folder / "results.md", to_markdown(groups))
+    write_text(folder / "results.csv", to_csv(groups))
     drawn = folder / "figures"
     with space_errors(drawn):
         drawn.mkdir(exist_ok=True)
@@ -53,9 +53,9 @@ def write_report(folder: Path) -> Path:
     save_figure(accuracy_matrices(groups, tasks), drawn, "accuracy_matrix")
     caption = (
         "Rows: after training through that task. Columns: the task scored. Each method at the "
-        "setting with its best average accuracy, chosen on the scores shown."
+        "setting with its best average, chosen on the scores shown."
     )
-    figures.append(("Accuracy matrices", "accuracy_matrix", caption))
+    figures.append(("Score matrices", "accuracy_matrix", caption))
     page = _page(folder, summary, groups, tasks, figures, seeds)
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -92,7 +92,7 @@ def _page(
     from markupsafe import Markup
 
     held = read_json(folder / "experiment.json")
-    columns = (*task_columns(tasks), *COLUMNS)
+    columns = (*task_columns(groups), *result_columns(groups))
     template = Environment(
         loader=PackageLoader("stockpot.report", "."), autoescape=select_autoescape(default=True)
     ).get_template("page.html.jinja")

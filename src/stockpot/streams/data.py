@@ -1,19 +1,20 @@
-"""Labelled images in memory, fetched a batch at a time, and the tasks and streams made of them."""
+"""Examples in memory, fetched a batch at a time, and the tasks and streams made of them."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from stockpot.errors import StockpotError
+from stockpot.streams.text import Benchmark
 
-__all__ = ["Batch", "ImageData", "Mixture", "Scenario", "Stream", "Task", "TaskData"]
+__all__ = ["Batch", "ImageData", "Mixture", "Scenario", "Stream", "Task", "TaskData", "digest_of"]
 
 Scenario = Literal["class-incremental", "task-incremental", "domain-incremental"]
 
@@ -27,6 +28,50 @@ class Batch(TypedDict):
     """(B,) int64."""
     allowed: Tensor | None
     """(B, labels) bool: the labels that each example chooses from; None: all of them."""
+
+
+class TaskData(Protocol):
+    """Examples of one kind, fetched a batch at a time."""
+
+    def __len__(self) -> int: ...
+
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> Any:
+        """The batch of these examples, a mapping from names to tensors."""
+
+    def subset(self, indices: Tensor) -> TaskData:
+        """These examples."""
+
+    def fingerprint(self, known: dict[int, bytes] | None = None) -> str:
+        """SHA-256 of what the examples are."""
+
+    def lengths(self) -> Tensor | None:
+        """(N,) how long each example is; None where all are alike."""
+
+    @staticmethod
+    def joined(batches: Sequence[Any]) -> Any:
+        """Several batches of this kind as one."""
+
+
+def digest_of(tensors: Sequence[Tensor | None], known: dict[int, bytes] | None = None) -> str:
+    """SHA-256 of some tensors: their kinds, shapes and values.
+
+    Args:
+        tensors: None stands for one that is not there.
+        known: digests of tensors by their place in memory, filled and used by calls that share it:
+            the images of two hundred tasks are hashed once.
+    """
+    known = {} if known is None else known
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor is None:
+            digest.update(b"none")
+            continue
+        if tensor.data_ptr() not in known:
+            part = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            part.update(tensor.contiguous().numpy().data)
+            known[tensor.data_ptr()] = part.digest()
+        digest.update(known[tensor.data_ptr()])
+    return digest.hexdigest()
 
 
 class ImageData(Dataset[Batch]):
@@ -83,27 +128,28 @@ class ImageData(Dataset[Batch]):
         return ImageData(self.images, self.labels, rows, self.allowed, self.permutation)
 
     def fingerprint(self, known: dict[int, bytes] | None = None) -> str:
-        """SHA-256 of what the examples are.
+        """SHA-256 of what the examples are (:func:`digest_of` says what ``known`` is)."""
+        parts = (self.images, self.labels, self.rows, self.allowed, self.permutation)
+        return digest_of(parts, known)
 
-        Args:
-            known: digests of tensors by their place in memory, filled and used by calls that share
-                it: the images of two hundred tasks are hashed once.
-        """
-        known = {} if known is None else known
-        digest = hashlib.sha256()
-        for tensor in (self.images, self.labels, self.rows, self.allowed, self.permutation):
-            if tensor is None:
-                digest.update(b"none")
-                continue
-            if tensor.data_ptr() not in known:
-                part = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                part.update(tensor.contiguous().numpy().data)
-                known[tensor.data_ptr()] = part.digest()
-            digest.update(known[tensor.data_ptr()])
-        return digest.hexdigest()
+    def lengths(self) -> None:
+        """Images are all alike."""
+        return
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """Several batches as one; if one may choose any label, all may."""
+        allowed = [batch["allowed"] for batch in batches]
+        return {
+            "pixel_values": torch.cat([batch["pixel_values"] for batch in batches]),
+            "labels": torch.cat([batch["labels"] for batch in batches]),
+            "allowed": None
+            if any(mask is None for mask in allowed)
+            else torch.cat([mask for mask in allowed if mask is not None]),
+        }
 
 
-class Mixture(Dataset[Batch]):
+class Mixture(Dataset[Any]):
     """Several data sets as one: the examples of the first, then those of the second, and so on."""
 
     def __init__(self, parts: Sequence[TaskData]) -> None:
@@ -113,27 +159,18 @@ class Mixture(Dataset[Batch]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if self.parts else 0
 
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, index: int) -> Any:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: Sequence[int] | Tensor) -> Batch:
+    def __getitems__(self, indices: Sequence[int] | Tensor) -> Any:
         """The batch of these examples; within it, examples of one part stand together."""
         index = torch.as_tensor(indices)
         owner = torch.searchsorted(self._ends, index, right=True)
-        batches: list[Batch] = []
+        batches: list[Any] = []
         for number in owner.unique().tolist():
             begin = int(self._ends[number - 1]) if number else 0
             batches.append(self.parts[number].__getitems__(index[owner == number] - begin))
-        if len(batches) == 1:
-            return batches[0]
-        allowed = [batch["allowed"] for batch in batches]
-        return {
-            "pixel_values": torch.cat([batch["pixel_values"] for batch in batches]),
-            "labels": torch.cat([batch["labels"] for batch in batches]),
-            "allowed": None
-            if any(mask is None for mask in allowed)
-            else torch.cat([mask for mask in allowed if mask is not None]),
-        }
+        return batches[0] if len(batches) == 1 else self.joined(batches)
 
     def subset(self, indices: Tensor) -> Mixture:
         """These examples; they are ordered by part."""
@@ -146,8 +183,21 @@ class Mixture(Dataset[Batch]):
             ]
         )
 
+    def fingerprint(self, known: dict[int, bytes] | None = None) -> str:
+        """SHA-256 of what the examples are."""
+        digest = hashlib.sha256()
+        for part in self.parts:
+            digest.update(part.fingerprint(known).encode())
+        return digest.hexdigest()
 
-TaskData = ImageData | Mixture
+    def lengths(self) -> Tensor | None:
+        """The parts' lengths, one after the other."""
+        lengths = [length for part in self.parts if (length := part.lengths()) is not None]
+        return torch.cat(lengths) if len(lengths) == len(self.parts) and lengths else None
+
+    def joined(self, batches: Sequence[Any]) -> Any:  # type: ignore[override]
+        """As the parts join theirs: they are all of one kind."""
+        return self.parts[0].joined(batches)
 
 
 @dataclass(frozen=True)
@@ -155,8 +205,10 @@ class Task:
     """One data set to learn, with the data it is scored on."""
 
     name: str
-    train: ImageData
-    test: ImageData
+    train: TaskData
+    test: TaskData
+    benchmarks: Mapping[str, Benchmark] = field(default_factory=dict)
+    """What the task is scored on beside its test examples, by name."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +218,12 @@ class Stream:
     name: str
     scenario: Scenario
     tasks: tuple[Task, ...]
-    labels: int
-    """How many labels the model chooses from."""
-    image_shape: tuple[int, int, int]
-    """(C, H, W)."""
+    labels: int | None = None
+    """How many labels the model chooses from; None for a stream of text."""
+    image_shape: tuple[int, int, int] | None = None
+    """(C, H, W); None for a stream of text."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of the data: what was cut, or left out."""
 
     def __post_init__(self) -> None:
         """Refuse what would fail later and less clearly: empty tasks, labels out of range."""
@@ -179,10 +233,12 @@ class Stream:
             for split, data in (("training", task.train), ("test", task.test)):
                 self._check(task.name, split, data)
 
-    def _check(self, task: str, split: str, data: ImageData) -> None:
+    def _check(self, task: str, split: str, data: TaskData) -> None:
         where = f"stream {self.name!r}, task {task!r}"
         if len(data) == 0:
             raise StockpotError(f"{where} has no {split} examples: every task needs at least one")
+        if not isinstance(data, ImageData) or self.labels is None:
+            return
         labels = data.labels[data.rows]
         bad = (labels < 0) | (labels >= self.labels)
         if data.allowed is not None:
@@ -203,4 +259,6 @@ class Stream:
             digest.update(task.name.encode())
             for data in (task.train, task.test):
                 digest.update(data.fingerprint(known).encode())
+            for name, benchmark in task.benchmarks.items():
+                digest.update(f"{name} {benchmark.fingerprint()}".encode())
         return digest.hexdigest()

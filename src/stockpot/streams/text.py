@@ -81,6 +81,10 @@ class Choices:
 
     questions: Sequence[Question]
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the questions."""
+        return digest_of(self.questions)
+
 
 @dataclass(frozen=True)
 class MathProblems:
@@ -88,12 +92,20 @@ class MathProblems:
 
     problems: Sequence[MathProblem]
 
+    def fingerprint(self) -> str:
+        """SHA-256 of the problems."""
+        return digest_of(self.problems)
+
 
 @dataclass(frozen=True)
 class ProgramProblems:
     """Scored by running generated programs against tests (HumanEval)."""
 
     problems: Sequence[ProgramProblem]
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the problems."""
+        return digest_of(self.problems)
 
 
 Benchmark = Choices | MathProblems | ProgramProblems

@@ -43,6 +43,11 @@ class TrainingSettings(BaseModel):
         allow_inf_nan=False,
         description="clip gradients, penalties included, to this norm; null: do not",
     )
+    group_by_length: bool = Field(
+        True,
+        description="text: batches of examples of similar length, which leaves little padding "
+        "(each 50 batches are sorted together; the order still follows from the seed)",
+    )
     precision: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="bfloat16 and float16 train by autocast; weights stay float32"
     )

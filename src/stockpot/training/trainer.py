@@ -16,7 +16,6 @@ from typing import Any
 
 import accelerate.optimizer
 import torch
-import torch.nn.functional as F
 from accelerate import DistributedType
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
@@ -37,7 +36,7 @@ from stockpot.streams.data import TaskData
 from stockpot.training.costs import PeakMemory
 from stockpot.training.settings import TrainingSettings
 
-__all__ = ["Trained", "choose_device", "train_task"]
+__all__ = ["Trained", "Watch", "choose_device", "train_task"]
 
 # accelerate asks at every optimizer step whether a package is installed, by searching the path:
 # a tenth of a small model's step. The answer does not change while a process lives.
@@ -45,6 +44,8 @@ accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is
 
 _LOG_POINTS = 50
 """Losses are recorded as means over windows of 1/50 of a task."""
+_GROUPED = 50
+"""Batches whose examples are sorted by length together: random enough, and little padding."""
 _MARKER = "stockpot.json"
 """Written last into a checkpoint: one without it was cut short and is not used."""
 
@@ -58,6 +59,18 @@ class Trained:
     peak_memory: int
     losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, mean loss with its penalty over the window that ends there)."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Scores that are taken while a task trains; their time is not counted as training."""
+
+    probe: Callable[[int, str], None] = lambda step, moment: None
+    """Called with the step and ``step``, ``before merge`` or ``after merge``."""
+    every: int | None = None
+    """Optimizer steps between two calls, from step 0 on and at the last; None: none."""
+    merges: bool = False
+    """Whether to call it around every merge event."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -75,6 +88,7 @@ def train_task(
     scratch: Path,
     on_step: Callable[[int, float | None], None] = lambda step, loss: None,
     where: str = "training",
+    watch: Watch | None = None,
 ) -> Trained:
     """Train ``run.model`` on ``data`` for ``run.total_steps`` optimizer steps.
 
@@ -89,11 +103,12 @@ def train_task(
         scratch: folder for checkpoints within the task; empty or absent after success.
         on_step: called with the step and, at the end of a window, its mean loss.
         where: how errors name this task.
+        watch: scores to take while it trains.
 
     Raises:
         NonFiniteError: if the loss or a weight becomes NaN or infinite.
     """
-    trainer = _TaskTrainer(method, run, data, settings, scratch, on_step, where)
+    trainer = _TaskTrainer(method, run, data, settings, scratch, on_step, where, watch or Watch())
     memory = PeakMemory(run.device)
     memory.start()
     checkpoint = trainer.usable_checkpoint()
@@ -141,10 +156,21 @@ class _LossLog:
 
 
 class _ShuffledBatches(Sampler[Tensor]):
-    """Batches of row numbers in an order that follows from the seed and the epoch alone."""
+    """Batches of row numbers in an order that follows from the seed and the epoch alone.
 
-    def __init__(self, examples: int, batch_size: int, seed: int) -> None:
+    Args:
+        examples: how many rows there are.
+        batch_size: rows of a batch; the last may have fewer.
+        seed: of the order.
+        lengths: (examples,) if rows of similar length are to share a batch: of each
+            ``_GROUPED`` shuffled batches the rows are sorted by length, and the batches shuffled.
+    """
+
+    def __init__(
+        self, examples: int, batch_size: int, seed: int, lengths: Tensor | None = None
+    ) -> None:
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
+        self.lengths = lengths
         self.drop_last = False
         self.epoch = 0
 
@@ -156,7 +182,14 @@ class _ShuffledBatches(Sampler[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        return iter(torch.randperm(self.examples, generator=generator).split(self.batch_size))
+        order = torch.randperm(self.examples, generator=generator)
+        if self.lengths is None:
+            return iter(order.split(self.batch_size))
+        pools = order.split(_GROUPED * self.batch_size)
+        grouped = torch.cat([p[self.lengths[p].argsort(stable=True)] for p in pools])
+        batches = grouped.split(self.batch_size)
+        shuffled = torch.randperm(len(batches), generator=generator)
+        return iter([batches[number] for number in shuffled.tolist()])
 
 
 class _BatchLoader(DataLoader[Any]):
@@ -187,12 +220,14 @@ class _TaskTrainer(Trainer):
         scratch: Path,
         on_step: Callable[[int, float | None], None],
         where: str,
+        watch: Watch,
     ) -> None:
-        self.method, self.run, self.settings = method, run, settings
+        self.method, self.run, self.settings, self.watch = method, run, settings, watch
         self.scratch, self.where, self.on_step = scratch, where, on_step
         self.log_of_losses = _LossLog(run.total_steps)
         self._seconds_before = 0.0
         self._began = time.perf_counter()
+        self._probing = 0.0
         own = run.model.__dict__
         self._own_forward = {"forward": own["forward"]} if "forward" in own else {}
         self._on_cpu = run.device.type == "cpu"
@@ -208,8 +243,14 @@ class _TaskTrainer(Trainer):
         self.loss_is_scaled_for_ga = True  # by compute_loss below
 
     def elapsed(self) -> float:
-        """Seconds of training, those before a kill included."""
-        return self._seconds_before + time.perf_counter() - self._began
+        """Seconds of training, those before a kill included, scores meanwhile not."""
+        return self._seconds_before + time.perf_counter() - self._began - self._probing
+
+    def probe(self, step: int, moment: str) -> None:
+        """Take the scores that were asked for."""
+        begin = time.perf_counter()
+        self.watch.probe(step, moment)
+        self._probing += time.perf_counter() - begin
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of the settings, over all trainable parameters in one group."""
@@ -221,7 +262,8 @@ class _TaskTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Batches straight from memory."""
         data: Any = self.train_dataset
-        batches: Any = _ShuffledBatches(len(data), self.settings.batch_size, self.run.seed)
+        lengths = data.lengths() if self.settings.group_by_length else None
+        batches: Any = _ShuffledBatches(len(data), self.settings.batch_size, self.run.seed, lengths)
         loader = _BatchLoader(data, batch_sampler=batches, collate_fn=_as_fetched)
         if self.accelerator.num_processes == 1:
             return loader
@@ -235,19 +277,16 @@ class _TaskTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Cross-entropy, its mean over the examples of the optimizer step.
+        """Cross-entropy, its mean over the images, or learned tokens, of the optimizer step.
 
         With gradient accumulation each micro-batch gives its share of that mean, so that a short
         last one does not count as much as a full one.
         """
         learner = self.run.learner
-        output = model(learner.preprocess(inputs["pixel_values"]))
-        logits = learner.select(output, inputs["allowed"])
-        labels = inputs["labels"]
-        loss = F.cross_entropy(logits.float(), labels)
+        loss = learner.loss(inputs, model)
         if num_items_in_batch is not None:
-            loss = loss * (len(labels) / num_items_in_batch)
-        return (loss, output) if return_outputs else loss
+            loss = loss * (learner.count(inputs) / num_items_in_batch)
+        return (loss, None) if return_outputs else loss
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -289,17 +328,25 @@ class _TaskTrainer(Trainer):
 
     def finish_step(self, step: int) -> None:
         """After the optimizer's step: the method's turn, then the log."""
+        merging = self.watch.merges and self.method.averages_at(step)
+        if merging:
+            self.probe(step, "before merge")
         self.method.after_step(self.run, step)
+        if merging:
+            self.probe(step, "after merge")
+        every = self.watch.every
+        if every and (step % every == 0 or step == self.run.total_steps):
+            self.probe(step, "step")
         loss = self.log_of_losses.close_window(step)
         if loss is not None and not math.isfinite(loss):
             self._refuse_loss(step, loss)
         self.on_step(step, loss)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int | None:
-        """How many examples an optimizer step has; None if they are all in one micro-batch."""
+        """How many images or learned tokens a step has; None if they are in one micro-batch."""
         if len(batch_samples) == 1:
             return None
-        return sum(len(batch["labels"]) for batch in batch_samples)
+        return sum(self.run.learner.count(batch) for batch in batch_samples)
 
     def release_model(self) -> None:
         """Take off what accelerate put around the model's forward: the next call decides anew.
@@ -345,6 +392,7 @@ class _TaskTrainer(Trainer):
         state = {
             "files": files,
             "merges": self.run.merges,
+            "curve": self.run.curve,
             "losses": self.log_of_losses.state(),
             "seconds": self.elapsed(),
         }
@@ -363,6 +411,7 @@ class _TaskTrainer(Trainer):
                 state = json.loads((folder / _MARKER).read_text())
                 if all(sha256(folder / name) == digest for name, digest in state["files"].items()):
                     self.run.merges[:] = state["merges"]
+                    self.run.curve[:] = state["curve"]
                     self.log_of_losses.restore(state["losses"], self.run.device)
                     self._seconds_before = state["seconds"]
                     return folder
@@ -375,6 +424,16 @@ class _Hooks(TrainerCallback):
     def __init__(self, trainer: _TaskTrainer) -> None:
         self._trainer = trainer
         self._saved = time.monotonic()
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self._trainer.watch.every and state.global_step == 0:
+            self._trainer.probe(0, "step")
 
     def on_step_end(
         self,

@@ -1,0 +1,102 @@
+"""Texts that a language model writes after prompts, greedily or by sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from stockpot.models.language import TextLearner
+from stockpot.models.learner import evaluating
+
+__all__ = ["generate"]
+
+
+@torch.inference_mode()
+def generate(
+    learner: TextLearner,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    temperature: float = 0.0,
+    seed: int = 0,
+    raw: bool = False,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[str]:
+    """What the model writes after each prompt, up to the first stop string (not included).
+
+    A prompt that leaves no room for the answer loses its beginning. Prompts of similar length share
+    a batch, padded on the left.
+
+    Args:
+        learner: model and tokenizer.
+        prompts: as the task words them.
+        max_new_tokens: the longest answer, in tokens.
+        stop: strings that end an answer.
+        batch_size: prompts at a time.
+        device: where the model is.
+        temperature: 0 takes the likeliest token; else tokens are drawn at this temperature.
+        seed: of the draws; torch's generators are left as they were.
+        raw: give the prompt as it is, without the model's chat template.
+        progress: called with the number of answers so far.
+    """
+    form = learner.form
+    tokenizer = form.tokenizer
+    written = [prompt if raw else form.prompt(prompt) for prompt in prompts]
+    plain = raw or not form.template
+    encoded = tokenizer(written, add_special_tokens=plain, verbose=False)["input_ids"]
+    limit = form.max_length if form.encoder_decoder else max(1, form.max_length - max_new_tokens)
+    cut = [ids[-limit:] or [form.pad] for ids in encoded]
+    answers = [""] * len(prompts)
+    order = sorted(range(len(cut)), key=lambda n: -len(cut[n]))
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with evaluating(learner.module), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        for begin in range(0, len(order), batch_size):
+            rows = order[begin : begin + batch_size]
+            texts = _batch(
+                learner, [cut[n] for n in rows], max_new_tokens, list(stop), temperature, device
+            )
+            for row, text in zip(rows, texts, strict=True):
+                answers[row] = _until(text, stop)
+            progress(min(begin + batch_size, len(order)))
+    return answers
+
+
+def _batch(
+    learner: TextLearner,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop: list[str],
+    temperature: float,
+    device: torch.device | str,
+) -> list[str]:
+    form = learner.form
+    width = max(map(len, prompts))
+    ids = torch.tensor([[form.pad] * (width - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    drawn: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    module: Any = learner.module
+    tokens = module.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=form.pad,
+        stop_strings=stop or None,
+        tokenizer=form.tokenizer,
+        **drawn,
+    )
+    new = tokens if form.encoder_decoder else tokens[:, width:]
+    texts: list[str] = form.tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts
+
+
+def _until(text: str, stop: Sequence[str]) -> str:
+    places = [place for word in stop if (place := text.find(word)) >= 0]
+    return text[: min(places)] if places else text

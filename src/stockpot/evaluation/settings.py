@@ -1,0 +1,76 @@
+"""What an experiment may say about how models are scored: typed, checked before anything runs."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["EvaluationSettings"]
+
+
+class EvaluationSettings(BaseModel):
+    """How models are scored, and when."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=2**31,
+        description="examples scored at a time; null: 1000 images, 32 texts",
+    )
+    every: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="score all tasks during training too, every so many optimizer steps, or below "
+        "1 every such share of a task's steps; null: only after each task",
+    )
+    merges: bool = Field(
+        False, description="score all tasks just before and just after every merge event"
+    )
+    during_limit: int | None = Field(
+        500, ge=1, description="examples per task for scores during training; null: all"
+    )
+    kl: int = Field(
+        256,
+        ge=0,
+        description="examples of the new task to take the forward KL divergence from the anchor "
+        "on, after each task; 0: do not",
+    )
+    max_new_tokens: int = Field(
+        512, ge=1, description="the longest generated answer, in tokens (GSM8K, HumanEval)"
+    )
+    shots: int = Field(5, ge=0, le=163, description="solved problems in front of each of HumanEval")
+    samples: int = Field(
+        1, ge=1, description="programs per problem of HumanEval; more than 1 are drawn by chance"
+    )
+    pass_at: tuple[int, ...] = Field((1,), description="k of HumanEval's pass@k, each <= samples")
+    temperature: float = Field(
+        0.8, gt=0, allow_inf_nan=False, description="of the draws if samples > 1"
+    )
+    lm_eval: tuple[str, ...] = Field(
+        (), description="tasks of lm-evaluation-harness to score too, by name (stockpot[lm-eval])"
+    )
+    lm_eval_include: str | None = Field(
+        None, description="a folder with task files of your own for lm-evaluation-harness"
+    )
+    lm_eval_limit: int | None = Field(None, ge=1, description="documents per such task; null: all")
+    lm_eval_shots: int | None = Field(
+        None, ge=0, description="solved examples in front of each; null: as the task says"
+    )
+
+    @model_validator(mode="after")
+    def _k_within_samples(self) -> Self:
+        if not self.pass_at or any(k < 1 or k > self.samples for k in self.pass_at):
+            raise ValueError(
+                f"pass_at = {list(self.pass_at)}: each k is from 1 to samples = {self.samples}"
+            )
+        return self
+
+    def steps_between(self, total: int) -> int | None:
+        """Optimizer steps between two scores during training of a task of ``total`` steps."""
+        if self.every is None:
+            return None
+        return max(1, round(self.every * total if self.every < 1 else self.every))

@@ -1,0 +1,130 @@
+"""All scores of a model on a task: its held-out examples, and its benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from stockpot.evaluation.accuracy import accuracy
+from stockpot.evaluation.score import Score
+from stockpot.evaluation.settings import EvaluationSettings
+from stockpot.models.learner import ImageLearner, Learner
+from stockpot.streams.text import Choices, MathProblems, ProgramProblems
+
+if TYPE_CHECKING:
+    from stockpot.evaluation.sandbox import Sandbox
+    from stockpot.models.language import TextLearner
+    from stockpot.streams.data import Stream, Task, TaskData
+
+__all__ = ["Evaluator", "needs_programs"]
+
+_IMAGES, _TEXTS = 1000, 32
+
+
+def needs_programs(stream: Stream) -> list[str]:
+    """The benchmarks of a stream that run generated programs."""
+    return [
+        f"{task.name}: {name}"
+        for task in stream.tasks
+        for name, benchmark in task.benchmarks.items()
+        if isinstance(benchmark, ProgramProblems)
+    ]
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """Scores a model as an experiment's settings say.
+
+    Args:
+        settings: how.
+        device: where the model is.
+        seed: of sampled programs.
+        sandbox: what generated programs run in; None: they are not run, and not scored.
+        by_benchmarks: whether a task's score in R is that of its benchmarks; else it is that of its
+            held-out examples.
+    """
+
+    settings: EvaluationSettings
+    device: torch.device
+    sandbox: Sandbox | None
+    by_benchmarks: bool
+    seed: int = 0
+
+    def batch_size(self, learner: Learner) -> int:
+        """Examples at a time."""
+        default = _IMAGES if isinstance(learner, ImageLearner) else _TEXTS
+        return self.settings.batch_size or default
+
+    def scores(self, learner: Learner, task: Task) -> list[Score]:
+        """Every score on one task; the headline ones make its entry in R."""
+        held_out = self.held_out(learner, task.test)
+        if not task.benchmarks:
+            return [held_out]
+        scores = [score for name in task.benchmarks for score in self._benchmark(learner, task, name)]
+        if self.by_benchmarks:
+            return [*scores, held_out.aside()]
+        return [held_out, *(score.aside() for score in scores)]
+
+    def held_out(self, learner: Learner, data: TaskData, limit: int | None = None) -> Score:
+        """Accuracy on images; on text the loss. Of at most ``limit`` examples, the first."""
+        if limit is not None and limit < len(data):
+            data = data.subset(torch.arange(limit))
+        size = self.batch_size(learner)
+        if isinstance(learner, ImageLearner):
+            return accuracy(learner, data, size, self.device)
+        from stockpot.evaluation.language import held_out_loss
+
+        return held_out_loss(learner, data, size, self.device)
+
+    def _benchmark(self, learner: Learner, task: Task, name: str) -> Sequence[Score]:
+        from stockpot.evaluation import benchmarks
+        from stockpot.evaluation.language import choices
+
+        text: TextLearner = learner  # type: ignore[assignment]
+        benchmark, size = task.benchmarks[name], self.batch_size(learner)
+        if isinstance(benchmark, Choices):
+            return choices(text, name, benchmark, size, self.device)
+        if isinstance(benchmark, MathProblems):
+            return benchmarks.gsm8k(text, name, benchmark, self.settings, size, self.device)
+        if self.sandbox is None:
+            return []
+        return benchmarks.humaneval(
+            text, name, benchmark, self.settings, size, self.device, self.sandbox, self.seed
+        )
+
+    def lm_eval(self, learner: Learner) -> list[Score]:
+        """The tasks of lm-evaluation-harness that the settings name; none are headline scores."""
+        names = self.settings.lm_eval
+        if not names:
+            return []
+        from stockpot.evaluation.lm_eval import run_lm_eval
+
+        text: TextLearner = learner  # type: ignore[assignment]
+        results = run_lm_eval(
+            text.module,
+            text.form.tokenizer,
+            names,
+            limit=self.settings.lm_eval_limit,
+            num_fewshot=self.settings.lm_eval_shots,
+            include_path=self.settings.lm_eval_include,
+            batch_size=self.batch_size(learner),
+            device=self.device,
+            seed=self.seed,
+            apply_chat_template=text.form.template,
+        )
+        return [
+            Score(
+                result.value,
+                result.n,
+                result.stderr or 0.0,
+                result.metric,
+                result.task,
+                result.better,
+                torch.tensor(result.items) if result.items else None,
+                headline=False,
+            )
+            for result in results
+        ]
