@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,9 +70,10 @@ def dotted(at: tuple[Key, ...]) -> str:
 def explain(kind: type[BaseModel], error: Any) -> str:
     """One of pydantic's errors in a sentence: what is wrong and what would be right."""
     given, limits = error["input"], error.get("ctx", {})
+    owner, name = _owner(kind, error["loc"])
     if error["type"] == "extra_forbidden":
         key = error["loc"][-1]
-        return f"unknown key {key!r}{nearest(str(key), kind.model_fields)}"
+        return f"unknown key {key!r}{nearest(str(key), owner.model_fields)}"
     if error["type"] == "literal_error":
         options = [
             option.strip("' ") for option in limits["expected"].replace(" or ", ", ").split(",")
@@ -81,10 +83,37 @@ def explain(kind: type[BaseModel], error: Any) -> str:
         return "is missing"
     if error["type"] == "value_error":
         return str(limits["error"])
-    what: str = error["msg"].removeprefix("Input should be ")
-    field = kind.model_fields.get(str(error["loc"][0])) if error["loc"] else None
+    field = owner.model_fields.get(name)
     about = f" ({field.description})" if field and field.description else ""
+    units = {"too_short": "item", "string_too_short": "character"}
+    if error["type"] in units:
+        least, unit = limits["min_length"], units[error["type"]]
+        return f"{given!r} is too short: at least {least} {unit}{'s' * (least > 1)}{about}"
+    what: str = error["msg"].removeprefix("Input should be ").replace("valid tuple", "list")
     return f"{given!r} should be {what}{about}"
+
+
+def _owner(kind: type[BaseModel], at: tuple[Key, ...]) -> tuple[type[BaseModel], str]:
+    """The innermost settings that an error lies in, and the field of theirs that it is about."""
+    owner, name = kind, ""
+    for key in at:
+        if not isinstance(key, str):
+            continue
+        inner = (
+            _settings_in(owner.model_fields[name].annotation)
+            if name in owner.model_fields
+            else None
+        )
+        owner, name = (inner, key) if inner is not None else (owner, name or key)
+    return owner, name
+
+
+def _settings_in(annotation: Any) -> type[BaseModel] | None:
+    """The settings that a field holds, by themselves or as the items of a list."""
+    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
+        return annotation
+    found = (_settings_in(part) for part in typing.get_args(annotation))
+    return next((part for part in found if part is not None), None)
 
 
 def _only_close(name: str, options: list[str]) -> str:

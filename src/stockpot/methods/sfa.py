@@ -38,6 +38,13 @@ class SFA(Method):
         None, ge=1, description="average every so many optimizer steps, instead of p"
     )
     beta: float = Field(0.5, ge=0, le=1, description="the anchor's share in each average")
+    earlier_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="p of the tasks before the stream's last, where it is to be another (as in the "
+        "paper's Fig. 6); null: the same",
+    )
     protect_base: bool = Field(
         False, description="average on the first task too, with the starting model"
     )
@@ -62,9 +69,10 @@ class SFA(Method):
             # Fresh adapters change nothing: the anchor is the base that they stand on.
             held = {} if run.learner.adapted else run.previous
             anchor = averaging.Anchor({name: w.to(run.device) for name, w in held.items()})
-            averager = averaging.SFA(
-                p=self.p or 1.0, beta=self.beta, every=self.every, anchor=anchor
-            )
+            p, every = self.p, self.every
+            if self.earlier_p is not None and not run.last:
+                p, every = self.earlier_p, None
+            averager = averaging.SFA(p=p or 1.0, beta=self.beta, every=every, anchor=anchor)
             self._averager = averager.attach(run.model, total_steps=run.total_steps)
 
     def averages_at(self, step: int) -> bool:

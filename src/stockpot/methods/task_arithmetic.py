@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -40,6 +40,10 @@ class TaskArithmetic(Experts):
         description="each task's own factor instead of scale, in the stream's order; a list of "
         "such lists makes a grid: [[0.25, 0.75], [0.75, 0.25]]",
     )
+
+    def given(self) -> dict[str, Any]:
+        """Without the scale where weights take its place."""
+        return {k: v for k, v in super().given().items() if k != "scale" or self.weights is None}
 
     def merge(
         self, start: Mapping[str, Tensor], experts: list[dict[str, Tensor]]

@@ -141,12 +141,13 @@ def _load_module(settings: HuggingFace, config: Any, encoder_decoder: bool) -> A
     dtype = getattr(torch, settings.dtype)
     try:
         if not settings.pretrained:
-            return kind.from_config(config, dtype=dtype)
+            return kind.from_config(config, dtype=dtype, attn_implementation=settings.attention)
         module, loaded = kind.from_pretrained(
             resolve_model(settings.id),
             revision=settings.revision,
             config=config,
             dtype=dtype,
+            attn_implementation=settings.attention,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -143,6 +143,9 @@ class HuggingFace(ModelSettings):
         description="what the weights are kept in; bfloat16 halves the memory and rounds every "
         "step and every average (training.precision: bfloat16 computes in it and does not)",
     )
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flex_attention"] | None = Field(
+        None, description="how attention is computed; null: what Transformers chooses"
+    )
     gradient_checkpointing: bool = Field(
         False, description="compute activations twice instead of keeping them: less memory"
     )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from stockpot.errors import StockpotError
+from stockpot.streams.encoded import LabelledFiles, hold_out, test_split
 from stockpot.streams.images import LabelledImages
 
-__all__ = ["load_hub_images", "resolve_source"]
+__all__ = ["load_hub_images", "open_hub_images", "resolve_source"]
 
 
 def resolve_source(source: str) -> str:
@@ -39,12 +38,82 @@ def load_hub_images(source: str, labels: int) -> LabelledImages:
     Raises:
         StockpotError: if the data set cannot be had, lacks a split or a column, or a row is bad.
     """
+    from stockpot.streams.decoding import decode
+
+    train, test, _, _ = open_hub_images(source, "image", "label", {"test": "test"}, labels=labels)
+    train_images, test_images = decode((train, test), size=None)
+    return LabelledImages(train_images, train.labels, test_images, test.labels)
+
+
+def open_hub_images(
+    source: str,
+    image: str,
+    label: str,
+    splits: Mapping[str, str] | None = None,
+    *,
+    labels: int | None = None,
+    config: str | None = None,
+    test_share: float | None = None,
+) -> tuple[LabelledFiles, LabelledFiles, tuple[str, ...], tuple[str, ...]]:
+    """The images of a data set, not decoded yet: training, test, the labels' names, and notes.
+
+    Args:
+        source: a hub id, or a local folder.
+        image: the column of images.
+        label: the column of labels: numbers from 0, or any texts, which are then sorted.
+        splits: what ``train`` and ``test`` are called; by default train, and the first of test,
+            validation, val and valid.
+        labels: how many labels there are; None: as many as the data set names or has.
+        config: the hub's configuration of the data set.
+        test_share: the share of each label held out if there is no test split; None: refuse that.
+
+    Raises:
+        StockpotError: if the data set cannot be had, lacks a split or a column, or a label is bad.
+    """
+    splits = splits or {}
+    data = _load(source, config)
+    train, test = splits.get("train", "train"), test_split(list(data), splits)
+    held_out = test is None and test_share is not None
+    if held_out and train not in data and "train" not in splits and len(data) == 1:
+        train = next(iter(data))
+    for split in (train, *(() if held_out else (test or "test",))):
+        if split not in data:
+            raise StockpotError(
+                f"data set {source!r} has no split {split!r} (it has {', '.join(data)})"
+            )
+        for column in (image, label):
+            if column not in data[split].column_names:
+                raise StockpotError(
+                    f"data set {source!r}, split {split!r} has no column {column!r} (it has "
+                    f"{', '.join(data[split].column_names)})"
+                )
+    where = f"data set {source!r}, split {train!r}"
+    answers, names = _labels(where, data[train], label, None, labels)
+    training = _files(where, data[train], image, answers)
+    if held_out or test is None:
+        assert test_share is not None
+        files, held = hold_out(training, test_share, names, where)
+        note = f"data set {source!r} has no test split: {test_share:.0%} of each label are held out"
+        return files, held, names, (note,)
+    where = f"data set {source!r}, split {test!r}"
+    answers, _ = _labels(where, data[test], label, names, labels)
+    return training, _files(where, data[test], image, answers), names, ()
+
+
+def _load(source: str, config: str | None) -> Any:
     import datasets
 
-    place = resolve_source(source)
+    place = str(Path(resolve_source(source)).expanduser())
     try:
-        splits = datasets.load_dataset(place)
+        if (Path(place) / "dataset_dict.json").is_file():
+            return datasets.load_from_disk(place)
+        return datasets.load_dataset(place, config)
     except Exception as error:  # the hub client raises many kinds
+        if Path(place).is_dir():
+            raise StockpotError(
+                f"cannot load the data set {source!r}: {_first_line(error)}. The folder {place} "
+                "holds no data set (data/*.parquet, say), and no images at train/<label>/ either"
+            ) from error
         mirror = os.environ.get("STOCKPOT_DATA")
         raise StockpotError(
             f"cannot load the data set {source!r}: {_first_line(error)}. It was looked for "
@@ -52,69 +121,99 @@ def load_hub_images(source: str, labels: int) -> LabelledImages:
             + "on the hub; without a network, set STOCKPOT_DATA to a folder that holds "
             f"{source}/data/*.parquet, or give a local folder as stream.path"
         ) from error
-    for split in ("train", "test"):
-        if split not in splits:
-            raise StockpotError(
-                f"data set {source!r} has no split {split!r} (it has {', '.join(splits)})"
-            )
-    train_images, train_labels = _decode(source, "train", splits["train"], labels)
-    test_images, test_labels = _decode(source, "test", splits["test"], labels)
-    return LabelledImages(train_images, train_labels, test_images, test_labels)
 
 
-def _decode(source: str, split: str, data: Any, labels: int) -> tuple[Tensor, Tensor]:
-    """All images of a split as one uint8 tensor (N, C, H, W), and its labels."""
-    from PIL import Image
+class _HubImages:
+    """The images of a split by number: Arrow's own bytes, left on disk until they are read."""
 
-    for column in ("image", "label"):
-        if column not in data.column_names:
-            raise StockpotError(
-                f"data set {source!r}, split {split!r} has no column {column!r} (it has "
-                f"{', '.join(data.column_names)})"
-            )
-    # Straight from Arrow: going through the rows costs ten times as long as the decoding.
-    column = data.with_format("arrow")[:]["image"].combine_chunks()
-    images: list[Any] = []
-    for row, (encoded, file) in enumerate(
-        zip(column.field("bytes").to_pylist(), column.field("path").to_pylist(), strict=True)
-    ):
-        try:
-            place = file if encoded is None else io.BytesIO(encoded)
-            images.append(np.asarray(Image.open(place)))
-        except Exception as error:
-            raise StockpotError(
-                f"data set {source!r}, split {split!r}, row {row}: not an image "
-                f"({_first_line(error)})"
-            ) from error
-        if images[row].dtype != np.uint8:
-            raise StockpotError(
-                f"data set {source!r}, split {split!r}, row {row}: pixels of kind "
-                f"{images[row].dtype}; this stream reads images of 8 bits a channel"
-            )
-        if images[row].shape != images[0].shape:
-            raise StockpotError(
-                f"data set {source!r}, split {split!r}, row {row}: {images[row].shape} pixels "
-                f"where row 0 has {images[0].shape}; this stream needs images of one size"
-            )
-    if not images:
-        raise StockpotError(f"data set {source!r}, split {split!r} has no rows")
-    pixels = torch.from_numpy(np.stack(images))
-    pixels = pixels.unsqueeze(1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+    def __init__(self, where: str, data: Any, column: str) -> None:
+        self._where = where
+        self._column = column
+        self._fingerprint = f"{data._fingerprint} {column}"
+        self._data = data.select_columns([column]).with_format("arrow")
+
+    def name(self, row: int) -> str:
+        return f"{self._where}, row {row}"
+
+    def read(self, rows: Sequence[int]) -> list[bytes | Path]:
+        # Straight from Arrow: going through the rows costs ten times as long as the decoding.
+        begin = rows[0]
+        values = self._data[begin : rows[-1] + 1][self._column]
+        files: list[bytes | Path] = []
+        for row in rows:
+            value = values[row - begin].as_py()
+            if value is None:
+                raise StockpotError(f"{self.name(row)}: there is no image")
+            files.append(Path(value["path"]) if value["bytes"] is None else value["bytes"])
+        return files
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
+def _files(where: str, data: Any, column: str, labels: torch.Tensor) -> LabelledFiles:
+    import datasets
+
+    if not isinstance(data.features[column], datasets.Image):
+        raise StockpotError(
+            f"{where}: column {column!r} holds {data.features[column]}, not images; name the "
+            "column of images with stream.columns, {image: ...}"
+        )
+    if not len(data):
+        raise StockpotError(f"{where} has no rows")
+    return LabelledFiles(_HubImages(where, data, column), torch.arange(len(data)), labels)
+
+
+def _labels(
+    where: str, data: Any, column: str, names: Sequence[str] | None, count: int | None
+) -> tuple[torch.Tensor, tuple[str, ...]]:
+    """The labels as numbers from 0, and what they are called.
+
+    Args:
+        where: for messages.
+        data: the split.
+        column: of the labels.
+        names: of the labels, when they are known from the training split.
+        count: how many labels there are; None: as many as the data set names or has.
+    """
+    values = data.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    known = getattr(data.features[column], "names", None)
+    if names is None and count is None and known is None:
+        _check_kinds(where, column, values)
+        names = tuple(map(str, sorted(set(values))))
+    if known is None and count is None:
+        # Texts, or numbers as they come: both go by their names.
+        assert names is not None
+        place = {name: number for number, name in enumerate(names)}
+        values = [place.get(str(value), -1) for value in values]
     try:
-        answers = torch.tensor(data["label"][:], dtype=torch.int64)
+        answers = torch.tensor(values, dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise StockpotError(
-            f"data set {source!r}, split {split!r}: the labels are not all whole numbers "
-            f"({_first_line(error)})"
+            f"{where}: the labels are not all whole numbers ({_first_line(error)})"
         ) from error
-    bad = ((answers < 0) | (answers >= labels)).nonzero().flatten()
+    if names is None:
+        names = tuple(known) if known and count in (None, len(known)) else None
+        names = names or tuple(map(str, range(count or 0)))
+    bad = ((answers < 0) | (answers >= len(names))).nonzero().flatten()
     if len(bad):
         row = int(bad[0])
+        value = data[row : row + 1][column][0] if known is None else int(answers[row])
         raise StockpotError(
-            f"data set {source!r}, split {split!r}, row {row}: label {int(answers[row])} is out of "
-            f"range; labels are 0 to {labels - 1}"
+            f"{where}, row {row}: label {value} is out of range; labels are "
+            + (f"0 to {len(names) - 1}" if known or count else f"those of training: {names[:9]}")
         )
-    return pixels, answers
+    return answers, tuple(names)
+
+
+def _check_kinds(where: str, column: str, values: Sequence[object]) -> None:
+    """Labels that are texts, or whole numbers."""
+    for row, value in enumerate(values):
+        if not isinstance(value, type(values[0])) or not isinstance(value, int | str):
+            raise StockpotError(
+                f"{where}, row {row}: label {value!r} in column {column!r}; labels are whole "
+                "numbers, or texts, all of one kind"
+            )
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from stockpot.streams.base import StreamSettings, TasksByLabel
+from stockpot.streams.language_settings import Domains, Instructions, OwnTasks
+from stockpot.streams.vision import Cifar100, Food101, Images
 
 if TYPE_CHECKING:
     from stockpot.streams.data import Stream
@@ -16,18 +20,7 @@ EVEN_ODD: Groups = (("even", (0, 2, 4, 6, 8)), ("odd", (1, 3, 5, 7, 9)))
 PAIRS: Groups = tuple((f"{a}-{a + 1}", (a, a + 1)) for a in range(0, 10, 2))
 
 
-class StreamSettings(BaseModel):
-    """Base of all streams' settings: a name, typed fields, and how to load the data."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    name: str
-
-    def load(self) -> Stream:
-        """Read the data and cut it into tasks."""
-        raise NotImplementedError(f"{type(self).__name__}.load")
-
-
-class DigitSplit(StreamSettings):
+class DigitSplit(TasksByLabel):
     """Ten digits, cut into tasks by label (or, for MNIST, by permuting pixels)."""
 
     split: Literal["even-odd", "pairs"] = Field(
@@ -40,32 +33,11 @@ class DigitSplit(StreamSettings):
         "2 for even-odd); class-incremental: one ten-way head; task-incremental: the same head, "
         "each task choosing among its own labels",
     )
-    order: tuple[int, ...] | None = Field(
-        None, description="the order of the tasks by number, e.g. [1, 0]; null: as they come"
-    )
-    train_limit: int | None = Field(
-        None, ge=1, description="at most so many training examples a task; null: all"
-    )
-    test_limit: int | None = Field(
-        None, ge=1, description="at most so many test examples a task; null: all"
-    )
-
-    title: ClassVar[str]
 
     def groups(self) -> Groups:
         """The tasks in the order asked for, each with its labels."""
         groups = EVEN_ODD if self.split == "even-odd" else PAIRS
         return groups if self.order is None else [groups[number] for number in self.order]
-
-    @model_validator(mode="after")
-    def _order_is_a_choice_of_tasks(self) -> Self:
-        count = self._task_count()
-        if self.order is not None:
-            if sorted(set(self.order)) != sorted(self.order) or not self.order:
-                raise ValueError(f"order = {list(self.order)} names a task twice or none at all")
-            if not set(self.order) <= set(range(count)):
-                raise ValueError(f"order = {list(self.order)}: tasks are numbered 0 to {count - 1}")
-        return self
 
     def _task_count(self) -> int:
         return 2 if self.split == "even-odd" else 5
@@ -145,4 +117,13 @@ class Mnist(DigitSplit):
         return replace(stream, tasks=tuple(stream.tasks[number] for number in self.order))
 
 
-STREAMS: dict[str, type[StreamSettings]] = {"digits": Digits, "mnist": Mnist}
+STREAMS: dict[str, type[StreamSettings]] = {
+    "digits": Digits,
+    "mnist": Mnist,
+    "cifar100": Cifar100,
+    "food101": Food101,
+    "images": Images,
+    "domains": Domains,
+    "instructions": Instructions,
+    "tasks": OwnTasks,
+}
