@@ -214,8 +214,14 @@ def attributes(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def test_everything_is_left_as_it_was(
-    folder: Path, stories: Path, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+    folder: Path,
+    stories: Path,
+    tokenizer: Any,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name in ("TOKENIZERS_PARALLELISM", "HF_XET_HIGH_PERFORMANCE"):
+        monkeypatch.delenv(name, raising=False)
     model = AutoModelForCausalLM.from_pretrained(stories)
     model.train()
     model.model.layers[1].eval()
@@ -258,6 +264,30 @@ def test_everything_is_left_as_it_was_after_an_error_too(
         run_lm_eval(model, tokenizer, ["no_data"], include_path=folder)
     assert (states(), attributes(model)) == before
     assert model.training
+
+
+def test_what_a_model_writes_down_while_it_generates_goes(
+    folder: Path, stories: Path, tokenizer: Any
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(stories)
+    model.register_buffer("seen", torch.zeros(1))
+    usual, seen = model.generate, model.seen
+
+    def generate(**options: Any) -> Any:
+        model.generation_config.max_length = 9
+        model.config.scale = 2
+        model.model.cached = options["input_ids"]
+        model.seen = model.seen + 1
+        model.used = True
+        return usual(**options)
+
+    model.generate = generate
+    settings = model.generation_config.to_dict(), model.config.to_dict()
+    run_lm_eval(model, tokenizer, ["sums"], include_path=folder, limit=2)
+    assert (model.generation_config.to_dict(), model.config.to_dict()) == settings
+    assert model.seen is seen
+    assert not hasattr(model, "used")
+    assert not hasattr(model.model, "cached")
 
 
 def test_dropout_of_a_model_in_training_does_not_reach_the_scores(
@@ -415,6 +445,31 @@ def test_a_metric_of_the_corpus_has_no_items_and_lower_may_be_better(
             nats += float(model(whole, labels=whole).loss) * ids.shape[1]
         words += len(each["text"].split())
     assert result.value == pytest.approx(math.exp(nats / words), rel=1e-4)
+
+
+def test_log_likelihoods_are_no_items_of_perplexity(
+    folder: Path, model: Any, tokenizer: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    lines = ["a time", "a cat and a", "a little"]
+    write_task(
+        folder,
+        "endings",
+        {"test": [{"start": "Once upon", "end": line} for line in lines]},
+        output_type="loglikelihood",
+        doc_to_text="{{start}}",
+        doc_to_target="{{end}}",
+        metric_list=[
+            {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
+            {"metric": "acc", "aggregation": "mean", "higher_is_better": True},
+        ],
+    )
+    perplexity, greedy = run_lm_eval(model, tokenizer, ["endings"], include_path=folder)
+    assert (perplexity.metric, perplexity.items, perplexity.n) == ("perplexity", (), 3)
+    assert perplexity.stderr is not None  # by bootstrap, of which the harness prints
+    assert perplexity.stderr > 0
+    assert set(greedy.items) <= {0.0, 1.0}
+    assert greedy.n == 3
+    assert capfd.readouterr().out == ""
 
 
 def test_names_are_checked(folder: Path) -> None:

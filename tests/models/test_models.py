@@ -1,6 +1,7 @@
 """Models: shapes, preprocessing, loading from a local folder, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,15 @@ from torch import nn
 
 from stockpot.errors import NonFiniteError, StockpotError
 from stockpot.models import expand_model
-from stockpot.models.learner import Learner, check_finite, conv, copy_weights, load_weights_, mlp
+from stockpot.models.huggingface import image_processing, preprocess_images
+from stockpot.models.learner import (
+    ImageLearner,
+    check_finite,
+    conv,
+    copy_weights,
+    load_weights_,
+    mlp,
+)
 from stockpot.models.settings import Conv, Factory, HuggingFace, Mlp
 from stockpot.streams.settings import Digits
 
@@ -28,17 +37,17 @@ def test_mlp_is_the_network_of_the_recipe():
     first, _, last = module[1], module[2], module[3]
     x = images.flatten(1).float() / 255
     expected = torch.relu(x @ first.weight.T + first.bias) @ last.weight.T + last.bias
-    torch.testing.assert_close(Learner(module).logits(images), expected)
+    torch.testing.assert_close(ImageLearner(module).logits(images), expected)
 
 
 @pytest.mark.parametrize("norm", ["none", "batch"])
 def test_conv_shapes(norm):
     module = conv((3, 32, 32), (4, 8, 16), 7, norm)
-    assert Learner(module).logits(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    assert ImageLearner(module).logits(torch.rand(2, 3, 32, 32)).shape == (2, 7)
 
 
 def test_masked_labels_never_win():
-    learner = Learner(mlp((1, 2, 2), (), 4))
+    learner = ImageLearner(mlp((1, 2, 2), (), 4))
     allowed = torch.tensor([[True, False, True, False], [False, False, False, True]])
     logits = learner.logits(torch.rand(2, 1, 2, 2), allowed)
     assert torch.isinf(logits[~allowed]).all()
@@ -194,6 +203,110 @@ def test_resizing_agrees_with_pillow(vit_folder, stream):
     ours = learner.preprocess(torch.from_numpy(array).permute(2, 0, 1)[None])[0]
     back = ours.permute(1, 2, 0).numpy() * deviation + mean
     assert np.abs(back * 255 - pillow).max() <= 1.01  # Pillow rounds twice, to whole levels
+
+
+# Image processors: what comes out is compared with what they make of each image themselves.
+
+
+PLAIN = {
+    "vit": ("vit", "ViT", {"size": {"height": 224, "width": 224}, "resample": 2}),
+    "vit-grey": ("vit", "ViT", {"image_mean": [0.5], "image_std": [0.5]}),
+    "swin": ("vit", "ViT", {"resample": 3, "image_mean": [0.485, 0.456, 0.406]}),
+    "deit": ("deit", "DeiT", {}),
+    "beit": ("beit", "Beit", {}),
+    "convnext": ("convnext", "ConvNext", {"size": {"shortest_edge": 224}, "crop_pct": 0.875}),
+    "convnext-384": ("convnext", "ConvNext", {"size": {"shortest_edge": 384}}),
+    "dinov2": ("bit", "Bit", {"size": {"shortest_edge": 256}}),
+    "crop-only": ("bit", "Bit", {"do_resize": False, "crop_size": {"height": 51, "width": 36}}),
+    "poolformer": ("poolformer", "PoolFormer", {}),
+    "unscaled": ("vit", "ViT", {"do_rescale": False, "do_normalize": False}),
+    "minus-one": (
+        "vit",
+        "ViT",
+        {"rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]},
+    ),
+}
+
+
+def processor_folder(folder, module, kind, settings):
+    """A folder with the preprocessor_config.json of a processor, and the processor."""
+    import importlib
+
+    source = importlib.import_module(f"transformers.models.{module}.image_processing_pil_{module}")
+    processor = getattr(source, f"{kind}ImageProcessorPil")(**settings)
+    processor.save_pretrained(folder)
+    return processor
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (50, 37), (33, 70), (300, 260)])
+@pytest.mark.parametrize("case", PLAIN)
+def test_agrees_with_the_processor(case, shape, tmp_path):
+    module, kind, settings = PLAIN[case]
+    channels = 1 if case == "vit-grey" else 3
+    processor = processor_folder(tmp_path, module, kind, settings)
+    processing = image_processing(str(tmp_path), None, SimpleNamespace(num_channels=channels))
+    # Beyond squares Pillow's versions differ where a filter overshoots: keep off black and white.
+    low, high = (0, 256) if shape[0] == shape[1] else (64, 192)
+    images = torch.randint(low, high, (2, channels, *shape), dtype=torch.uint8)
+    theirs = processor(
+        list(images.numpy()), input_data_format="channels_first", return_tensors="pt"
+    )["pixel_values"]
+    levels = 255 * min(processing["deviation"]) / processing["scale"]
+    for given in (images, images / 255):
+        ours = preprocess_images(given, **processing)
+        assert ours.shape == theirs.shape
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().max() * levels <= 2
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "resize", "crop"),
+    [
+        ("convnext", {"size": 224, "crop_pct": 0.875, "resample": 3}, {"edge": 256}, (224, 224)),
+        ("deit", {"size": 256, "crop_size": 224}, {"size": (256, 256)}, (224, 224)),
+        ("vit", {"size": 384}, {"size": (384, 384)}, None),
+    ],
+)
+def test_files_of_old_say_less(tmp_path, model_type, settings, resize, crop):
+    """What they leave out, the processor's class knows: that a ConvNeXt's size is one side's."""
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    processing = image_processing(str(tmp_path), None, SimpleNamespace(num_channels=3))
+    assert processing["crop"] == crop
+    assert resize.items() <= processing["resize"].items()
+
+
+@pytest.mark.parametrize(
+    ("module", "kind", "settings", "message"),
+    [
+        ("mobilevit", "MobileViT", {}, r"does more than .*do_flip_channel_order = True"),
+        ("efficientnet", "EfficientNet", {}, "include_top = True"),
+        ("levit", "Levit", {}, "LevitImageProcessor does more"),
+        ("vit", "ViT", {"resample": 1}, "resample = 1 cannot be followed"),
+        ("vit", "ViT", {"do_pad": True, "pad_size": {"height": 300, "width": 300}}, "do_pad"),
+        ("vit", "ViT", {"image_mean": [0.5] * 4, "image_std": [1] * 4}, "a model of 3 channels"),
+    ],
+)
+def test_processors_that_do_more_are_refused(tmp_path, module, kind, settings, message):
+    processor_folder(tmp_path, module, kind, settings)
+    with pytest.raises(ValueError, match=message):
+        image_processing(str(tmp_path), None, SimpleNamespace(num_channels=3))
+
+
+def test_a_processor_that_does_more_is_refused_with_its_model(vit_folder, tmp_path, stream):
+    import shutil
+
+    shutil.copytree(vit_folder, tmp_path / "vit")
+    processor_folder(tmp_path / "vit", "mobilevit", "MobileViT", {})
+    with pytest.raises(StockpotError, match=r"preprocessor_config\.json of .* does more than"):
+        HuggingFace(id=str(tmp_path / "vit")).build(stream)
+
+
+def test_without_a_processor_only_the_size_is_known(tmp_path):
+    processing = image_processing(str(tmp_path), None, SimpleNamespace(image_size=9))
+    images = torch.randint(0, 256, (2, 3, 9, 9), dtype=torch.uint8)
+    torch.testing.assert_close(preprocess_images(images, **processing), images / 255)
+    assert preprocess_images(images[:, :1, :5], **processing).shape == (2, 3, 9, 9)
 
 
 def test_trains_in_an_experiment(vit_folder, tmp_path):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
@@ -150,7 +151,8 @@ class _Decoder:
 
     def _cached(self, part: LabelledFiles, whole: tuple[int, ...]) -> Path:
         """The file in the cache folder that holds these pixels; made if it is not there."""
-        digest = hashlib.sha256(f"{_LAYOUT} {self.size} {whole} ".encode())
+        # Another Pillow may decode and resize to other pixels.
+        digest = hashlib.sha256(f"{_LAYOUT} {PIL.__version__} {self.size} {whole} ".encode())
         digest.update(part.source.fingerprint().encode())
         digest.update(part.rows.numpy().data)
         path = cache_folder() / f"{digest.hexdigest()[:32]}.pixels"

@@ -60,15 +60,16 @@ def held_out(
     groups: dict[Hashable, list[str]] = {}
     for prompt, number in first.items():
         groups.setdefault(None if strata is None else strata[number], []).append(prompt)
-    exact = [count * len(group) / len(first) for group in groups.values()]
+    parts = [groups[key] for key in sorted(groups, key=str)]
+    exact = [count * len(part) / len(first) for part in parts]
     sizes = [int(size) for size in exact]
     by_remainder = sorted(range(len(sizes)), key=lambda n: sizes[n] - exact[n])
     for number in by_remainder[: max(0, count - sum(sizes))]:
         sizes[number] += 1
     chosen: set[str] = set()
-    for size, group in zip(sizes, groups.values(), strict=True):
-        size = min(size, len(group) - 1)
-        chosen.update(heapq.nsmallest(size, group, key=lambda prompt: _rank(seed, prompt)))
+    for size, part in zip(sizes, parts, strict=True):
+        size = min(size, len(part) - 1)
+        chosen.update(heapq.nsmallest(size, part, key=lambda prompt: _rank(seed, prompt)))
     test = sorted(first[prompt] for prompt in chosen)
     train = [number for number, prompt in enumerate(prompts) if prompt not in chosen]
     return train, test
