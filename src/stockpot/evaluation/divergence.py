@@ -47,7 +47,7 @@ def kl_from(
     with evaluating(learner.module):
         learner.load(anchor)
         held: list[Tensor] = []
-        batches = []
+        batches: list[Tensor] = []
         elements = 0
         for rows in torch.arange(min(examples, len(data))).split(batch_size):
             batch = to_device(data.__getitems__(rows), device)

@@ -63,7 +63,9 @@ class Evaluator:
         held_out = self.held_out(learner, task.test)
         if not task.benchmarks:
             return [held_out]
-        scores = [score for name in task.benchmarks for score in self._benchmark(learner, task, name)]
+        scores = [
+            score for name in task.benchmarks for score in self._benchmark(learner, task, name)
+        ]
         if self.by_benchmarks:
             return [*scores, held_out.aside()]
         return [held_out, *(score.aside() for score in scores)]

@@ -173,7 +173,11 @@ class Record:
     def _read_log(self, name: str, repair: bool = False) -> list[dict[str, Any]]:
         path = self.folder / f"{name}.jsonl"
         if not path.exists():
-            if (self.folder / "experiment.json").exists() and name not in _OPTIONAL and self._stages:
+            if (
+                (self.folder / "experiment.json").exists()
+                and name not in _OPTIONAL
+                and self._stages
+            ):
                 raise DamagedRecordError(f"{path} is missing from the record")
             return []
         text = path.read_text(encoding="utf-8", errors="replace")

@@ -308,9 +308,7 @@ class _Runner:
             return None
         data = self.stream.tasks[stage.tasks[-1]].test
         size = self.evaluator.batch_size(context.learner)
-        return kl_from(
-            previous, deployed, context.learner, data, examples, size, self.device
-        ).value
+        return kl_from(previous, deployed, context.learner, data, examples, size, self.device).value
 
     def _context(self, run: Run, stage: Stage, previous: Mapping[str, Tensor]) -> TaskRun:
         assert self.learner is not None
@@ -374,9 +372,7 @@ class _Runner:
 
         def probe(step: int, moment: str) -> None:
             for task in self.stream.tasks:
-                score = self.evaluator.held_out(
-                    context.learner, task.test, settings.during_limit
-                )
+                score = self.evaluator.held_out(context.learner, task.test, settings.during_limit)
                 context.curve.append(
                     {
                         "step": step,

@@ -113,7 +113,9 @@ def _write_model(family: str, stream: Stream | TextStream, folder: Path) -> None
     from stockpot.streams.text import TextStream
 
     if family not in CONFIG_MAPPING_NAMES:
-        raise ConfigError(f"model.family = {family!r} is none{nearest(family, CONFIG_MAPPING_NAMES)}")
+        raise ConfigError(
+            f"model.family = {family!r} is none{nearest(family, CONFIG_MAPPING_NAMES)}"
+        )
     defaults = CONFIG_MAPPING[family]()
     sizes = {key: value for key, value in _SIZES.items() if hasattr(defaults, key)}
     if isinstance(stream, TextStream):

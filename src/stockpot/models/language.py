@@ -73,7 +73,9 @@ class TextLearner(Learner):
         """All weights, adapters merged in, by the names of the model without adapters."""
         if not self.adapted:
             return copy_weights(self.module)
-        weights = {_plain(n): w for n, w in copy_weights(self.module).items() if not _is_low_rank(n)}
+        weights = {
+            _plain(n): w for n, w in copy_weights(self.module).items() if not _is_low_rank(n)
+        }
         for name, layer in self._adapted_layers():
             key = f"{_plain(name)}.weight"
             delta = layer.get_delta_weight(_ADAPTER).detach().to("cpu", torch.float32)
@@ -98,7 +100,7 @@ class TextLearner(Learner):
 
     def _adapted_layers(self) -> Iterator[tuple[str, Any]]:
         for name, layer in self.module.named_modules():
-            if hasattr(layer, "get_delta_weight") and _ADAPTER in layer.lora_A:  # type: ignore[operator]
+            if hasattr(layer, "get_delta_weight") and _ADAPTER in layer.lora_A:
                 yield name, layer
 
 
@@ -137,7 +139,9 @@ def load_language_model(settings: HuggingFace) -> TextLearner:
 def _load_module(settings: HuggingFace, config: Any, encoder_decoder: bool) -> Any:
     import transformers
 
-    kind = transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
+    kind = (
+        transformers.AutoModelForSeq2SeqLM if encoder_decoder else transformers.AutoModelForCausalLM
+    )
     dtype = getattr(torch, settings.dtype)
     try:
         if not settings.pretrained:
@@ -263,5 +267,3 @@ def _check_learned(task: str, split: str, data: Any, form: Format) -> None:
                 f"task {task!r}, {split} example {int(rows[empty[0]])}: nothing of it is learned, "
                 "its response has no tokens"
             )
-
-

@@ -196,9 +196,9 @@ class Format:
                 rows.append(tokens)
                 marks.append(learned)
         begins = torch.tensor([0, *map(len, rows)]).cumsum(0)
-        tokens = torch.from_numpy(np.concatenate(rows)) if rows else torch.zeros(0).int()
-        learned = torch.from_numpy(np.concatenate(marks)) if marks else torch.zeros(0).bool()
-        data = TextData(Ragged(tokens, begins), learned, None, self.pad)
+        whole = torch.from_numpy(np.concatenate(rows)) if rows else torch.zeros(0).int()
+        mask = torch.from_numpy(np.concatenate(marks)) if marks else torch.zeros(0).bool()
+        data = TextData(Ragged(whole, begins), mask, None, self.pad)
         return data, Cut(len(rows), *cut)
 
     def _fitted(self, tokens: Any, learned: Any) -> tuple[Any, Any, bool]:
@@ -246,8 +246,6 @@ class Format:
                 return_token_type_ids=False,
                 verbose=False,
             ).encodings
-
-
 
 
 def _separator(text: str) -> str:

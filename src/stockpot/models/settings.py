@@ -109,7 +109,7 @@ class Lora(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     r: int = Field(8, ge=1, description="rank of an adapter")
-    alpha: float = Field(16, gt=0, description="an adapter's product counts alpha / r times")
+    alpha: int = Field(16, ge=1, description="an adapter's product counts alpha / r times")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on an adapter's input")
     target_modules: tuple[str, ...] | None = Field(
         None, description="names of the layers that get one; null: every linear layer but the head"
@@ -118,7 +118,8 @@ class Lora(BaseModel):
 
 class HuggingFace(ModelSettings):
     """Any Hugging Face model, by hub id or local folder: an image classifier for a stream of
-    images; for a stream of text a causal or encoder-decoder language model."""
+    images; for a stream of text a causal or encoder-decoder language model.
+    """
 
     name: Literal["huggingface"] = "huggingface"
     id: str = Field(description="hub id, or a local folder that holds config.json")

@@ -11,7 +11,14 @@ from stockpot.errors import DamagedRecordError, StockpotError
 from stockpot.files import read_json, read_text, space_errors, write_text
 from stockpot.report.figures import accuracy_matrices, save_figure, trade_off_plane
 from stockpot.report.findings import headline
-from stockpot.report.table import Group, group_runs, result_columns, task_columns, to_csv, to_markdown
+from stockpot.report.table import (
+    Group,
+    group_runs,
+    result_columns,
+    task_columns,
+    to_csv,
+    to_markdown,
+)
 
 __all__ = ["read_summary", "write_report"]
 

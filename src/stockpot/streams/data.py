@@ -47,8 +47,7 @@ class TaskData(Protocol):
     def lengths(self) -> Tensor | None:
         """(N,) how long each example is; None where all are alike."""
 
-    @staticmethod
-    def joined(batches: Sequence[Any]) -> Any:
+    def joined(self, batches: Sequence[Any]) -> Any:
         """Several batches of this kind as one."""
 
 
@@ -136,8 +135,7 @@ class ImageData(Dataset[Batch]):
         """Images are all alike."""
         return
 
-    @staticmethod
-    def joined(batches: Sequence[Batch]) -> Batch:
+    def joined(self, batches: Sequence[Batch]) -> Batch:
         """Several batches as one; if one may choose any label, all may."""
         allowed = [batch["allowed"] for batch in batches]
         return {
@@ -195,7 +193,7 @@ class Mixture(Dataset[Any]):
         lengths = [length for part in self.parts if (length := part.lengths()) is not None]
         return torch.cat(lengths) if len(lengths) == len(self.parts) and lengths else None
 
-    def joined(self, batches: Sequence[Any]) -> Any:  # type: ignore[override]
+    def joined(self, batches: Sequence[Any]) -> Any:
         """As the parts join theirs: they are all of one kind."""
         return self.parts[0].joined(batches)
 

@@ -118,8 +118,7 @@ class TextData(Dataset[TextBatch]):
             parts += [self.targets.values, self.targets.begins]
         return digest_of(parts, known)
 
-    @staticmethod
-    def joined(batches: Sequence[TextBatch]) -> TextBatch:
+    def joined(self, batches: Sequence[TextBatch]) -> TextBatch:
         """Several batches as one, as long as the longest of them."""
         tokens = [batch["input_ids"] for batch in batches]
         labels = [batch["labels"] for batch in batches]
