@@ -50,6 +50,11 @@ def test_files_of_a_finished_record(made):
         "stages.jsonl",
         "summary.json",
         *(f"runs/{run}/{file}" for run in runs for file in ("manifest.json", "model.safetensors")),
+        *(
+            f"runs/{run}/items/{name}.safetensors"
+            for run in runs
+            for name in ("start", "stage-0000", "stage-0001", "stage-0002")
+        ),
     }
 
 
@@ -123,7 +128,7 @@ def test_methods_and_seeds_may_be_added(made, tmp_path):
 def test_weights_kept(made, tmp_path, keep):
     path, _ = made
     run_file(path, tmp_path / "out", [f"record.weights={keep}", "methods=[sequential]"])
-    names = {p.name for p in (tmp_path / "out").rglob("*.safetensors")}
+    names = {p.name for p in (tmp_path / "out").glob("runs/*/*.safetensors")}
     stages = {f"stage-{n:04d}.safetensors" for n in range(3)}
     expected = {
         "final": {"model.safetensors"},

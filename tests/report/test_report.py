@@ -69,6 +69,7 @@ def made_up(
         "bwt": -0.125,
         "fwt": -0.0001,
         "l2_to_anchor": 1.5,
+        "kl_from_anchor": 0.25,
         "seconds": 2.0,
         "peak_memory": 3_000_000,
         "steps": 7,
@@ -1024,7 +1025,7 @@ def test_page_holds_both_figures_and_the_whole_table(hostile):
     assert tags.count("table") == 1
     head, *rows = re.findall(r"<tr>(.*?)</tr>", hostile.read_text(), re.S)
     assert len(rows) == len(group_runs(PLANE)) == 4
-    assert {row.count("<td>") for row in rows} == {head.count("<th>")} == {1 + 3 + 8}
+    assert {row.count("<td>") for row in rows} == {head.count("<th>")} == {1 + 3 + 9}
     assert "2 seeds" in page.text_of("p")
     assert "6 of 6 runs" in page.text_of("p")
 

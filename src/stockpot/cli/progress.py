@@ -89,13 +89,20 @@ class BarObserver(Observer):
         detail = "" if self._loss is None else f"loss {self._loss:.4f}"
         self._progress.update(self._steps, completed=step, detail=detail)
 
-    def stage_ends(self, run: Run, stage: Stage, trained: bool, scores: list[float]) -> None:
+    def scoring(self, what: str, done: int, total: int) -> None:
+        """What is scored, in the place of the loss."""
+        now = time.monotonic()
+        if now - self._drawn < _REDRAW_SECONDS or self._steps is None:
+            return
+        self._drawn = now
+        self._progress.update(self._steps, detail=f"scoring {what}: {done:,} of {total:,}")
+
+    def stage_ends(self, run: Run, stage: Stage, trained: bool, scores: list[str]) -> None:
         """One task further; show the scores."""
         assert self._tasks is not None
         assert self._steps is not None
         self._progress.update(self._steps, completed=stage.steps)
-        shown = " ".join(f"{score * 100:.0f}" for score in scores[:8])
-        self._progress.update(self._tasks, advance=1, detail=f"scores {shown} %")
+        self._progress.update(self._tasks, advance=1, detail=f"scores {' '.join(scores[:8])}")
 
     def run_ends(self, run: Run) -> None:
         """One run further."""
@@ -153,6 +160,11 @@ class LineObserver(Observer):
         """A line every few seconds, when there is a loss to give."""
         if loss is not None and time.monotonic() - self._said > _LINE_SECONDS:
             self._say(f"{self._where}: step {step:,} of {self._steps:,}, loss {loss:.4f}")
+
+    def scoring(self, what: str, done: int, total: int) -> None:
+        """A line every few seconds."""
+        if time.monotonic() - self._said > _LINE_SECONDS:
+            self._say(f"{self._where}: scoring {what}, {done:,} of {total:,}")
 
     def run_ends(self, run: Run) -> None:
         """A line per run; finished ones of an earlier call are passed over in silence."""

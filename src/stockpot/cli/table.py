@@ -38,7 +38,7 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
         console.width = _PAPER  # a file or a pipe has room for everything
     groups = group_runs(summary)
     tasks = summary[0]["tasks"]
-    shown = task_columns(groups) if len(tasks) <= _MOST_TASKS else ()
+    shown = task_columns(groups, tasks) if len(tasks) <= _MOST_TASKS else ()
     columns: list[Column] = [*shown, *result_columns(groups)]
     left_out = []
     for key in (*_DISPENSABLE, _TASKS):

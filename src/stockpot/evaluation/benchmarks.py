@@ -8,7 +8,7 @@ from stockpot.evaluation import gsm8k as _gsm8k
 from stockpot.evaluation import humaneval as _humaneval
 from stockpot.evaluation.generation import generate
 from stockpot.evaluation.sandbox import Sandbox
-from stockpot.evaluation.score import Score, mean_score
+from stockpot.evaluation.score import Progress, Score, mean_score, silent
 from stockpot.evaluation.settings import EvaluationSettings
 from stockpot.models.language import TextLearner
 from stockpot.streams.text import MathProblems, ProgramProblems
@@ -26,6 +26,7 @@ def gsm8k(
     settings: EvaluationSettings,
     batch_size: int,
     device: torch.device,
+    progress: Progress = silent,
 ) -> list[Score]:
     """0-shot, greedy. The headline score takes the last number of the answer (``flexible``).
 
@@ -40,6 +41,7 @@ def gsm8k(
         stop=_GSM8K_STOPS,
         batch_size=batch_size,
         device=device,
+        progress=progress,
     )
     right: dict[str, list[bool]] = {"flexible": [], "strict": []}
     texts = []
@@ -66,6 +68,7 @@ def humaneval(
     device: torch.device,
     sandbox: Sandbox,
     seed: int,
+    progress: Progress = silent,
 ) -> list[Score]:
     """pass@k over ``samples`` programs per problem, run in the sandbox; the first k is headline.
 
@@ -88,9 +91,10 @@ def humaneval(
         temperature=0.0 if n == 1 else settings.temperature,
         seed=seed,
         raw=True,
+        progress=progress,
     )
     repeated = [problem for problem in problems for _ in range(n)]
-    outcomes = _humaneval.check_completions(repeated, written, sandbox)
+    outcomes = _humaneval.check_completions(repeated, written, sandbox, progress=progress)
     passed = torch.tensor([outcome.passed for outcome in outcomes]).view(len(problems), n).sum(1)
     texts = tuple(
         {

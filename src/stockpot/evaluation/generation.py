@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from stockpot.evaluation.score import Progress, silent
 from stockpot.models.language import TextLearner
 from stockpot.models.learner import evaluating
 
@@ -25,12 +26,12 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     raw: bool = False,
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Progress = silent,
 ) -> list[str]:
     """What the model writes after each prompt, up to the first stop string (not included).
 
-    A prompt that leaves no room for the answer loses its beginning. Prompts of similar length share
-    a batch, padded on the left.
+    A prompt that leaves no room for the answer loses its beginning; prompts and answers have half
+    of what the model takes at least. Prompts of similar length share a batch, padded on the left.
 
     Args:
         learner: model and tokenizer.
@@ -42,15 +43,17 @@ def generate(
         temperature: 0 takes the likeliest token; else tokens are drawn at this temperature.
         seed: of the draws; torch's generators are left as they were.
         raw: give the prompt as it is, without the model's chat template.
-        progress: called with the number of answers so far.
+        progress: called after each batch.
     """
     form = learner.form
     tokenizer = form.tokenizer
     written = [prompt if raw else form.prompt(prompt) for prompt in prompts]
     plain = raw or not form.template
     encoded = tokenizer(written, add_special_tokens=plain, verbose=False)["input_ids"]
-    limit = form.max_length if form.encoder_decoder else max(1, form.max_length - max_new_tokens)
-    cut = [ids[-limit:] or [form.pad] for ids in encoded]
+    context = form.context or form.max_length
+    limit = form.max_length if form.encoder_decoder else max(context - max_new_tokens, context // 2)
+    room = max_new_tokens if form.encoder_decoder else min(max_new_tokens, context - limit)
+    cut = [_cut(ids, limit, tokenizer.bos_token_id) or [form.pad] for ids in encoded]
     answers = [""] * len(prompts)
     order = sorted(range(len(cut)), key=lambda n: -len(cut[n]))
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
@@ -58,12 +61,10 @@ def generate(
         torch.manual_seed(seed)
         for begin in range(0, len(order), batch_size):
             rows = order[begin : begin + batch_size]
-            texts = _batch(
-                learner, [cut[n] for n in rows], max_new_tokens, list(stop), temperature, device
-            )
+            texts = _batch(learner, [cut[n] for n in rows], room, list(stop), temperature, device)
             for row, text in zip(rows, texts, strict=True):
                 answers[row] = _until(text, stop)
-            progress(min(begin + batch_size, len(order)))
+            progress(min(begin + batch_size, len(order)), len(order))
     return answers
 
 
@@ -95,6 +96,14 @@ def _batch(
     new = tokens if form.encoder_decoder else tokens[:, width:]
     texts: list[str] = form.tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts
+
+
+def _cut(ids: list[int], limit: int, bos: int | None) -> list[int]:
+    """The end of a prompt, where the question stands, after its first token if that begins it."""
+    if len(ids) <= limit:
+        return ids
+    head = ids[:1] if ids[0] == bos else []
+    return head + ids[len(ids) - limit + len(head) :]
 
 
 def _until(text: str, stop: Sequence[str]) -> str:

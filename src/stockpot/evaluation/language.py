@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stockpot.errors import NonFiniteError
-from stockpot.evaluation.score import Score, mean_score
+from stockpot.evaluation.score import Progress, Score, mean_score, silent
 from stockpot.models.language import TextLearner
 from stockpot.models.learner import Learner, evaluating, to_device
 from stockpot.streams.data import TaskData
@@ -19,7 +19,11 @@ __all__ = ["choices", "held_out_loss", "negative_log_likelihoods"]
 
 @torch.inference_mode()
 def negative_log_likelihoods(
-    learner: Learner, data: TaskData, batch_size: int, device: torch.device | str
+    learner: Learner,
+    data: TaskData,
+    batch_size: int,
+    device: torch.device | str,
+    progress: Progress = silent,
 ) -> tuple[Tensor, Tensor]:
     """(N,) ``-sum log p`` of what is learned of every example, in nats, and how many tokens.
 
@@ -27,6 +31,7 @@ def negative_log_likelihoods(
     """
     total = torch.zeros(len(data), dtype=torch.float64)
     count = torch.zeros(len(data), dtype=torch.float64)
+    done = 0
     lengths = data.lengths()
     order = torch.arange(len(data)) if lengths is None else lengths.argsort(descending=True)
     with evaluating(learner.module):
@@ -36,6 +41,8 @@ def negative_log_likelihoods(
             losses, owner = predictions.losses().double().cpu(), rows[predictions.example.cpu()]
             total.index_add_(0, owner, losses)
             count.index_add_(0, owner, torch.ones_like(losses))
+            done += len(rows)
+            progress(done, len(data))
     if not bool(total.isfinite().all()):
         raise NonFiniteError(
             "the model gives likelihoods that are not finite and cannot be scored; its weights are "
@@ -45,14 +52,18 @@ def negative_log_likelihoods(
 
 
 def held_out_loss(
-    learner: Learner, data: TaskData, batch_size: int, device: torch.device | str = "cpu"
+    learner: Learner,
+    data: TaskData,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+    progress: Progress = silent,
 ) -> Score:
     """Mean cross-entropy per learned token, in nats: ``sum_n L_n / sum_n T_n``.
 
     Its standard error is that of a ratio of means (by linearisation):
     ``sqrt(n / (n - 1) sum_n (L_n - value T_n)^2) / sum_n T_n``. The items are ``L_n / T_n``.
     """
-    losses, tokens = negative_log_likelihoods(learner, data, batch_size, device)
+    losses, tokens = negative_log_likelihoods(learner, data, batch_size, device, progress)
     value = float(losses.sum() / tokens.sum())
     n = len(losses)
     spread = float((losses - value * tokens).square().sum())
@@ -67,6 +78,7 @@ def choices(
     benchmark: Choices,
     batch_size: int,
     device: torch.device | str = "cpu",
+    progress: Progress = silent,
 ) -> list[Score]:
     """Share of questions whose right answer is the likeliest, by the sum of its log p.
 
@@ -76,7 +88,7 @@ def choices(
     """
     questions = benchmark.questions
     data = learner.form.choices(questions)
-    losses, _ = negative_log_likelihoods(learner, data, batch_size, device)
+    losses, _ = negative_log_likelihoods(learner, data, batch_size, device, progress)
     right, normalised = [], []
     place = 0
     for question in questions:

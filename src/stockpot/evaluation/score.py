@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
-__all__ = ["Score", "headline_value", "mean_score"]
+__all__ = ["Progress", "Score", "headline_value", "mean_score", "silent"]
+
+Progress = Callable[[int, int], None]
+"""Called with how many items are done, and of how many."""
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def mean_score(items: Tensor, metric: str, evaluation: str, **more: Any) -> Scor
     return Score(value, n, math.sqrt(variance / n), metric, evaluation, items=items, **more)
 
 
-def headline_value(scores: Sequence[Score]) -> float:
-    """A task's score in R: the mean of its headline scores."""
+def headline_value(scores: Sequence[Score]) -> float | None:
+    """A task's score in R: the mean of its headline scores; None if it has none."""
     values = [score.value for score in scores if score.headline]
-    return math.fsum(values) / len(values)
+    return math.fsum(values) / len(values) if values else None

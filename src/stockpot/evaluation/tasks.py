@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,6 +44,7 @@ class Evaluator:
         device: where the model is.
         seed: of sampled programs.
         sandbox: what generated programs run in; None: they are not run, and not scored.
+        progress: called with what is scored, how many items are done, and of how many.
         by_benchmarks: whether a task's score in R is that of its benchmarks; else it is that of its
             held-out examples.
     """
@@ -52,6 +54,7 @@ class Evaluator:
     sandbox: Sandbox | None
     by_benchmarks: bool
     seed: int = 0
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
 
     def batch_size(self, learner: Learner) -> int:
         """Examples at a time."""
@@ -60,7 +63,7 @@ class Evaluator:
 
     def scores(self, learner: Learner, task: Task) -> list[Score]:
         """Every score on one task; the headline ones make its entry in R."""
-        held_out = self.held_out(learner, task.test)
+        held_out = self.held_out(learner, task.test, what=task.name)
         if not task.benchmarks:
             return [held_out]
         scores = [
@@ -70,7 +73,9 @@ class Evaluator:
             return [*scores, held_out.aside()]
         return [held_out, *(score.aside() for score in scores)]
 
-    def held_out(self, learner: Learner, data: TaskData, limit: int | None = None) -> Score:
+    def held_out(
+        self, learner: Learner, data: TaskData, limit: int | None = None, what: str = "held out"
+    ) -> Score:
         """Accuracy on images; on text the loss. Of at most ``limit`` examples, the first."""
         if limit is not None and limit < len(data):
             data = data.subset(torch.arange(limit))
@@ -79,7 +84,7 @@ class Evaluator:
             return accuracy(learner, data, size, self.device)
         from stockpot.evaluation.language import held_out_loss
 
-        return held_out_loss(learner, data, size, self.device)
+        return held_out_loss(learner, data, size, self.device, partial(self.progress, what))
 
     def _benchmark(self, learner: Learner, task: Task, name: str) -> Sequence[Score]:
         from stockpot.evaluation import benchmarks
@@ -87,14 +92,16 @@ class Evaluator:
 
         text: TextLearner = learner  # type: ignore[assignment]
         benchmark, size = task.benchmarks[name], self.batch_size(learner)
+        watched = partial(self.progress, name)
         if isinstance(benchmark, Choices):
-            return choices(text, name, benchmark, size, self.device)
+            return choices(text, name, benchmark, size, self.device, watched)
+        settings, device = self.settings, self.device
         if isinstance(benchmark, MathProblems):
-            return benchmarks.gsm8k(text, name, benchmark, self.settings, size, self.device)
+            return benchmarks.gsm8k(text, name, benchmark, settings, size, device, watched)
         if self.sandbox is None:
             return []
         return benchmarks.humaneval(
-            text, name, benchmark, self.settings, size, self.device, self.sandbox, self.seed
+            text, name, benchmark, settings, size, device, self.sandbox, self.seed, watched
         )
 
     def lm_eval(self, learner: Learner) -> list[Score]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -145,6 +145,7 @@ class _Checker:
         evaluation = self.section(EvaluationSettings, ("evaluation",), values.get("evaluation"))
         record = self.section(RecordSettings, ("record",), values.get("record"))
         methods = self.methods(values)
+        self.fits(stream, model, methods)
         seeds = self.seeds(values)
         name = self.text(values, "name", path.stem)
         folder = self.text(values, "output", f"runs/{path.stem}")
@@ -257,6 +258,29 @@ class _Checker:
                 if not any(_same(method, other) for other in result):
                     result.append(method)
         return tuple(result)
+
+    def fits(
+        self, stream: StreamSettings | None, model: ModelSettings | None, methods: Iterable[Method]
+    ) -> None:
+        """Refuse methods that could not do what they say with this model or these tasks."""
+        adapted = getattr(model, "lora", None) is not None
+        of_text = stream is not None and stream.of_text
+        works = ", ".join(name for name, kind in METHODS.items() if not kind.needs_weights)
+        problems = []
+        for method in methods:
+            if adapted and method.needs_weights:
+                problems.append(
+                    f"{method.name} works on the weights that train, and with model.lora those are "
+                    "the adapters, which begin anew at every task. Leave model.lora out, or use "
+                    f"one of {works}"
+                )
+            if of_text and getattr(method, "labels", None) == "exact":
+                problems.append(
+                    f"{method.name}: labels = exact would sum over all texts; use labels: sampled "
+                    "or labels: true"
+                )
+        for text in dict.fromkeys(problems):
+            self.problem(("methods",), text)
 
     def grid(self, at: tuple[Key, ...], item: Any) -> list[Method]:
         item = {"name": item} if isinstance(item, str) else item

@@ -25,7 +25,10 @@ class Observer:
     def step(self, step: int, loss: float | None) -> None:
         """An optimizer step is done; the loss is given now and then."""
 
-    def stage_ends(self, run: Run, stage: Stage, trained: bool, scores: list[float]) -> None:
+    def scoring(self, what: str, done: int, total: int) -> None:
+        """So many items of a task or benchmark are scored."""
+
+    def stage_ends(self, run: Run, stage: Stage, trained: bool, scores: list[str]) -> None:
         """A stage is finished; ``trained`` is False when its weights were there already."""
 
     def run_ends(self, run: Run) -> None:

@@ -8,7 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +145,7 @@ class _Runner:
         evaluator: Evaluator,
     ) -> None:
         self.experiment, self.stream, self.plan, self.observer = experiment, stream, plan, observer
-        self.evaluator = evaluator
+        self.evaluator = replace(evaluator, progress=observer.scoring)
         self.record = Record(experiment.output)
         self.prefixes = PrefixStore(experiment.output / "prefixes", plan.uses())
         self.device = evaluator.device
@@ -217,6 +217,8 @@ class _Runner:
             previous = self.record.weights(run.id, done - 1) if done else self.start
             for stage in run.stages[done:]:
                 previous = self._stage(run, method, stage, previous)
+            if self.learner is not None and self.experiment.record.weights != "none":
+                self.learner.describe(self.record.run_folder(run.id))
         self.record.finish_run(run.id, len(run.stages), self.experiment.record.weights)
         self.observer.run_ends(run)
 
@@ -291,8 +293,12 @@ class _Runner:
         )
         self.prefixes.used(stage.trained)
         self._forget_weights(run, stage)
-        values = [headline_value(own) for _, own in scores if any(s.headline for s in own)]
-        self.observer.stage_ends(run, stage, fresh, values)
+        shown = [
+            f"{value:.2f}" if own[0].better == "lower" else f"{100 * value:.0f}"
+            for _, own in scores
+            if (value := headline_value(own)) is not None
+        ]
+        self.observer.stage_ends(run, stage, fresh, shown)
         return deployed
 
     def _divergence(

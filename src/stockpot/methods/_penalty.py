@@ -23,6 +23,7 @@ class Penalty(Method):
     step, in memory that is used again at every step. It needs theta_o and room for two tensors.
     """
 
+    needs_weights: ClassVar[bool] = True
     curve: ClassVar[str | None] = "strength"
     headline: ClassVar[tuple[str, ...]] = ("strength",)
 

@@ -135,6 +135,8 @@ class Method(BaseModel):
     """Whether all tasks are trained at once."""
     starts_from: ClassVar[Literal["previous", "start"]] = "previous"
     """Which weights a task's training starts from: the previous task's, or theta_0."""
+    needs_weights: ClassVar[bool] = False
+    """Whether it looks at the weights while they train, and so cannot be used with adapters."""
     curve: ClassVar[str | None] = None
     """The setting along which figures draw this method's curve."""
     headline: ClassVar[tuple[str, ...]] = ()

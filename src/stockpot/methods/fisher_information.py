@@ -65,7 +65,7 @@ def _one_by_one(
 ) -> dict[str, Tensor]:
     """Of texts: log p is that of all learned tokens, each after the data's tokens before it."""
     if labels == "exact":
-        raise ConfigError("ewc.labels = exact sums over all responses; use sampled or true")
+        raise ConfigError("labels = exact would sum over all texts; use sampled or true")
     parameters = trainable_weights(learner.module)
     device = next(iter(parameters.values())).device
     generator = torch.Generator().manual_seed(seed)

@@ -24,6 +24,7 @@ class FisherMerging(Experts):
 
     name: ClassVar[str] = "fisher-merging"
     reference: ClassVar[str] = "Matena & Raffel 2022, arXiv 2111.09832"
+    needs_weights: ClassVar[bool] = True
 
     labels: Literal["sampled", "true", "exact"] = Field(
         "exact",

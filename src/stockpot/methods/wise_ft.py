@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from stockpot.methods.base import Method, TaskRun
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["WiseFT"]
 
@@ -36,10 +39,15 @@ class WiseFT(Method):
         if not run.stage:
             return
         begin = time.perf_counter()
-        weights = trainable_weights(run.model)
-        anchor = {name: run.previous[name].to(run.device) for name in weights}
+        whole = run.weights() if run.learner.adapted else {}
+        weights: dict[str, Tensor] = {**trainable_weights(run.model)}
+        if run.learner.adapted:  # what is averaged is the model that base and adapters make
+            weights = {name: whole[name] for name in sorted(run.learner.parameter_names())}
+        anchor = {name: run.previous[name].to(weights[name].device) for name in weights}
         before = l2_distance(weights.values(), anchor.values())
-        average_(run.model, anchor, self.beta)
+        average_(weights if run.learner.adapted else run.model, anchor, self.beta)
+        if run.learner.adapted:
+            run.load(whole)
         run.merges.append(
             {
                 "step": run.total_steps,

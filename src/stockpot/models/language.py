@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from stockpot.errors import ConfigError, StockpotError
-from stockpot.models.learner import Learner, Predictions, copy_weights, load_weights_
+from stockpot.models.learner import (
+    Learner,
+    Predictions,
+    copy_weights,
+    load_weights_,
+    save_config,
+)
 from stockpot.models.rendering import Format
 from stockpot.models.settings import resolve_model
 from stockpot.streams.data import Stream, Task
@@ -98,9 +105,17 @@ class TextLearner(Learner):
         """The parameters of the model without adapters."""
         return {_plain(n) for n, _ in self.module.named_parameters() if not _is_low_rank(n)}
 
+    def describe(self, folder: Path) -> None:
+        """Write the model's configuration and its tokenizer."""
+        module: Any = self.module
+        save_config(module.get_base_model() if self.adapted else module, folder)
+        self.form.tokenizer.save_pretrained(folder)
+
     def _adapted_layers(self) -> Iterator[tuple[str, Any]]:
         for name, layer in self.module.named_modules():
-            if hasattr(layer, "get_delta_weight") and _ADAPTER in layer.lora_A:
+            if hasattr(layer, "get_delta_weight") and (
+                _ADAPTER in layer.lora_A or _ADAPTER in layer.lora_embedding_A
+            ):
                 yield name, layer
 
 
@@ -218,18 +233,16 @@ def _format(settings: HuggingFace) -> tuple[Any, Format]:
     if template and tokenizer.chat_template is None:
         raise ConfigError(f"model.chat_template: the tokenizer of {settings.id!r} has none")
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    limits = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
+    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
+    longest = settings.max_length or min([*known, _LONGEST])
     return config, Format(
         tokenizer,
         encoder_decoder,
-        settings.max_length or _longest(config, tokenizer),
+        longest,
         tokenizer.chat_template is not None if template is None else template,
+        context=min(known, default=max(longest, _LONGEST)),
     )
-
-
-def _longest(config: Any, tokenizer: Any) -> int:
-    limits = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
-    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
-    return min([*known, _LONGEST])
 
 
 # Streams.

@@ -6,6 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "evaluating",
     "load_weights_",
     "mlp",
+    "save_config",
     "to_device",
     "to_unit_range",
 ]
@@ -102,6 +104,10 @@ class Learner(ABC):
         """Which of the weights are parameters, and not buffers."""
         return {name for name, _ in self.module.named_parameters()}
 
+    def describe(self, folder: Path) -> None:
+        """Write beside the weights what ``from_pretrained`` needs, if it is a model of its kind."""
+        save_config(self.module, folder)
+
 
 @dataclass(frozen=True)
 class ImageLearner(Learner):
@@ -140,6 +146,15 @@ class ImageLearner(Learner):
         if allowed is None:
             return logits
         return logits.masked_fill(~allowed, float("-inf"))
+
+
+def save_config(module: Any, folder: Path) -> None:
+    """Write the ``config.json`` of a Transformers model; of another module nothing."""
+    config: Any = getattr(module, "config", None)
+    if hasattr(config, "save_pretrained"):
+        if not config.architectures:
+            config.architectures = [type(module).__name__]
+        config.save_pretrained(folder)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 Only the assistant's turns are learned. With a chat template a turn ends as the template ends it;
 without one the prompt and the response follow each other, a space between them unless the prompt
 ends in white space, and the end-of-sequence token ends the response. A prompt looks the same when
-it is trained on, when choices are scored and when text is generated.
+it is trained on, when choices are scored and when text is generated; white space at its end is the
+model's to say, for many tokens begin with it.
 """
 
 from __future__ import annotations
@@ -69,12 +70,14 @@ class Format:
         encoder_decoder: whether the prompt goes to an encoder and the response to a decoder.
         max_length: longest example in tokens; for an encoder-decoder, prompt and response each.
         template: whether the tokenizer's chat template is used.
+        context: the longest prompt and answer together that the model takes; None: ``max_length``.
     """
 
     tokenizer: Any
     encoder_decoder: bool
     max_length: int
     template: bool
+    context: int | None = None
 
     @property
     def pad(self) -> int:
@@ -93,7 +96,7 @@ class Format:
     def _asked(self, messages: Sequence[Message]) -> str:
         if self.template:
             return self._templated(messages, ask=True)
-        return "\n\n".join(message.content for message in messages)
+        return "\n\n".join(message.content for message in messages).rstrip()
 
     def _templated(self, messages: Sequence[Message], ask: bool) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
@@ -134,14 +137,11 @@ class Format:
         last = len(messages) - 1
         for number, message in enumerate(messages):
             if message.role == "assistant":
-                # The space is the model's to say: the prompt that it is asked ends before it.
-                turn = (_separator(text) if asked else "") + message.content
-                spans.append((len(text), len(text) + len(turn)))
-                text += turn
+                begin = len(text.rstrip() if asked else text)
+                text += (_separator(text) if asked else "") + message.content
                 if number < last:
-                    ending = self.tokenizer.eos_token or ""
-                    spans[-1] = (spans[-1][0], spans[-1][1] + len(ending))
-                    text += ending
+                    text += self.tokenizer.eos_token or ""
+                spans.append((begin, len(text)))
                 asked = False
             else:
                 text += ("\n\n" if text else "") + message.content
@@ -152,7 +152,7 @@ class Format:
     def answered(self, prompt: str, answer: str) -> Rendered:
         """A prompt and one possible answer, to be scored: nothing follows the answer."""
         asked = self.prompt(prompt)
-        text = asked + ("" if self.template else _separator(asked)) + answer
+        text = (asked if self.template else prompt + _separator(prompt)) + answer
         return Rendered(text, ((len(asked), len(text)),), end=False)
 
     # As tokens.

@@ -117,8 +117,9 @@ class Lora(BaseModel):
 
 
 class HuggingFace(ModelSettings):
-    """Any Hugging Face model, by hub id or local folder: an image classifier for a stream of
-    images; for a stream of text a causal or encoder-decoder language model.
+    """Any Hugging Face model, by hub id or local folder, as the stream needs it.
+
+    For images an image classifier; for text a causal or encoder-decoder language model.
     """
 
     name: Literal["huggingface"] = "huggingface"

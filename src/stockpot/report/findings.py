@@ -14,6 +14,8 @@ _YARDSTICKS = ("multitask", "rehearsal")
 
 def headline(groups: Sequence[Group]) -> str:
     """Which method and setting keeps most, how that compares, and what cannot be concluded."""
+    if not groups:
+        return ""
     measure = measure_of(groups[0].runs)
     ranked = sorted(
         ((score, group) for group in groups if (score := group.metric("average"))),

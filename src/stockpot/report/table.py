@@ -175,7 +175,7 @@ def result_columns(groups: Sequence[Group]) -> tuple[Column, ...]:
     )
 
 
-def task_columns(groups: Sequence[Group]) -> tuple[Column, ...]:
+def task_columns(groups: Sequence[Group], tasks: Sequence[str]) -> tuple[Column, ...]:
     """One column per task: its score at the end of the stream."""
     m = measure_of(groups[0].runs)
 
@@ -184,13 +184,13 @@ def task_columns(groups: Sequence[Group]) -> tuple[Column, ...]:
 
     return tuple(
         Column(f"final.{task}", task, m.unit, final_of(number), m.scale, m.digits)
-        for number, task in enumerate(groups[0].runs[0]["tasks"])
+        for number, task in enumerate(tasks)
     )
 
 
-def to_markdown(groups: Sequence[Group]) -> str:
+def to_markdown(groups: Sequence[Group], tasks: Sequence[str]) -> str:
     """The whole table in Markdown."""
-    columns = (*task_columns(groups), *result_columns(groups))
+    columns = (*task_columns(groups, tasks), *result_columns(groups))
     head = ["method", *(f"{c.title} ({c.unit})" if c.unit else c.title for c in columns)]
     rows = [[group.label, *(c.text(group) for c in columns)] for group in groups]
     lines = [_row(head), "|---|" + "---:|" * len(columns), *map(_row, rows)]
@@ -202,9 +202,9 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(plain) + " |"
 
 
-def to_csv(groups: Sequence[Group]) -> str:
+def to_csv(groups: Sequence[Group], tasks: Sequence[str]) -> str:
     """The whole table with plain numbers, a mean and a half width per column."""
-    columns = (*task_columns(groups), *result_columns(groups))
+    columns = (*task_columns(groups, tasks), *result_columns(groups))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(

@@ -42,8 +42,8 @@ def write_report(folder: Path) -> Path:
         raise StockpotError(f"no run in {folder} is finished yet; there is nothing to report")
     groups = group_runs(summary)
     tasks = summary[0]["tasks"]
-    write_text(folder / "results.md", to_markdown(groups))
-    write_text(folder / "results.csv", to_csv(groups))
+    write_text(folder / "results.md", to_markdown(groups, tasks))
+    write_text(folder / "results.csv", to_csv(groups, tasks))
     drawn = folder / "figures"
     with space_errors(drawn):
         drawn.mkdir(exist_ok=True)
@@ -99,7 +99,7 @@ def _page(
     from markupsafe import Markup
 
     held = read_json(folder / "experiment.json")
-    columns = (*task_columns(groups), *result_columns(groups))
+    columns = (*task_columns(groups, tasks), *result_columns(groups))
     template = Environment(
         loader=PackageLoader("stockpot.report", "."), autoescape=select_autoescape(default=True)
     ).get_template("page.html.jinja")

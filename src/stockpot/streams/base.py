@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +17,8 @@ class StreamSettings(BaseModel):
     """Base of all streams' settings: a name, typed fields, and how to load the data."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    of_text: ClassVar[bool] = False
+    """Whether the tasks are for language models."""
     name: str
 
     def load(self) -> Stream | TextStream:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -102,6 +102,7 @@ class OwnTask(BaseModel):
 class OwnTasks(TasksByLabel):
     """Your own tasks: files (JSONL, JSON, CSV, TSV, parquet) or data sets of text."""
 
+    of_text: ClassVar[bool] = True
     name: Literal["tasks"] = "tasks"
     tasks: tuple[OwnTask, ...] = Field(
         min_length=1, description="a path each, or a mapping with name, train, test, columns, ..."
@@ -134,6 +135,7 @@ class OwnTasks(TasksByLabel):
 class _PublicTasks(StreamSettings):
     """What the streams of public data sets of text share."""
 
+    of_text: ClassVar[bool] = True
     train_limit: int | None = Field(
         None, ge=1, description="at most so many training examples a task, drawn; null: all"
     )

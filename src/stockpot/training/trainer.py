@@ -46,6 +46,8 @@ _LOG_POINTS = 50
 """Losses are recorded as means over windows of 1/50 of a task."""
 _GROUPED = 50
 """Batches whose examples are sorted by length together: random enough, and little padding."""
+_AROUND = ("forward", "_original_forward", "_is_accelerate_prepared")
+"""What accelerate puts on a model that it prepares."""
 _MARKER = "stockpot.json"
 """Written last into a checkpoint: one without it was cut short and is not used."""
 
@@ -249,7 +251,11 @@ class _TaskTrainer(Trainer):
     def probe(self, step: int, moment: str) -> None:
         """Take the scores that were asked for."""
         begin = time.perf_counter()
+        # Scores are taken in the weights' own precision, as they are after the task.
+        around = {name: self.run.model.__dict__.get(name) for name in _AROUND}
+        self.release_model()
         self.watch.probe(step, moment)
+        self.run.model.__dict__.update({n: v for n, v in around.items() if v is not None})
         self._probing += time.perf_counter() - begin
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -354,7 +360,7 @@ class _TaskTrainer(Trainer):
         Left on, autocast would reach into scoring and into trainings in another precision.
         """
         own = self.run.model.__dict__
-        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+        for name in _AROUND:
             own.pop(name, None)
         own.update(self._own_forward)
 
