@@ -1,14 +1,17 @@
-"""Language models against Transformers' own losses and texts, lm-evaluation-harness, and float64."""
+"""Language models against Transformers' losses and texts, lm-evaluation-harness, and float64."""
 
 import copy
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from stockpot.errors import ConfigError, NonFiniteError
 from stockpot.evaluation.divergence import kl_from
@@ -135,7 +138,8 @@ def test_losses_that_overflow_are_refused(folders):
     learner = load(folders["gpt2"])
     data, _ = learner.form.data(EXAMPLES)
     with torch.no_grad():
-        learner.module.transformer.ln_f.weight.fill_(1e38)
+        learner.module.transformer.ln_f.weight.fill_(3e38)
+        learner.module.transformer.wte.weight.mul_(1e3)
     with pytest.raises(NonFiniteError, match="not finite"):
         held_out_loss(learner, data, 5)
 
@@ -162,10 +166,11 @@ def test_choices_are_likely_as_in_lm_evaluation_harness(folders, family):
     harness = HFLM(
         pretrained=copy.deepcopy(learner.module), tokenizer=learner.form.tokenizer, batch_size=1
     )
-    # The decoder's text begins with the choice; a causal model's with the space before it.
-    delimiter = "" if family == "t5" else " "
     asked = [
-        (q.prompt, ("" if q.prompt[-1].isspace() else delimiter) + choice)
+        # The decoder's text begins with the choice, that of a causal model with the space before.
+        (q.prompt.rstrip(), choice)
+        if family == "t5"
+        else (q.prompt, ("" if q.prompt[-1].isspace() else " ") + choice)
         for q in QUESTIONS
         for choice in q.choices
     ]
@@ -201,8 +206,10 @@ def alone(learner: TextLearner, prompt: str, **options: Any) -> str:
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     learner.module.eval()
     out = learner.module.generate(input_ids=ids, do_sample=False, **options)
-    new = out if learner.form.encoder_decoder else out[:, ids.shape[1] :]
-    return str(tokenizer.decode(new[0], skip_special_tokens=True))
+    whole = tokenizer.decode(out[0], skip_special_tokens=True)
+    if learner.form.encoder_decoder:
+        return str(whole)
+    return str(whole[len(tokenizer.decode(ids[0], skip_special_tokens=True)) :])
 
 
 @families
@@ -212,10 +219,7 @@ def test_texts_are_those_of_transformers_one_by_one(folders, family):
     expected = [alone(learner, p.rstrip(), max_new_tokens=12, pad_token_id=0) for p in PROMPTS]
     learner.module.train()
     for size in (1, 2, 5):
-        done: list[int] = []
-        ours = generate(learner, PROMPTS, max_new_tokens=12, batch_size=size, progress=done.append)
-        assert ours == expected
-        assert done == [min(n, 5) for n in range(size, 5 + size, size)]
+        assert generate(learner, PROMPTS, max_new_tokens=12, batch_size=size) == expected
     assert len(set(expected)) >= 2
     assert learner.module.training
 
@@ -238,6 +242,7 @@ def test_templates_and_raw_prompts(folders):
 def test_texts_end_before_the_first_stop_string(folders):
     learner = load(folders["stories"])
     whole = generate(learner, PROMPTS, max_new_tokens=40, batch_size=5)
+    assert whole[1].startswith(" ")  # which decoding the new tokens alone would lose
     stops = ["She", ".", " a"]
     cut = generate(learner, PROMPTS, max_new_tokens=40, batch_size=5, stop=stops)
     assert cut == [text[: min(text.find(s) for s in stops if s in text)] for text in whole]
@@ -353,10 +358,6 @@ def test_accumulated_batches_count_every_token_alike(folders, family, tmp_path):
     made = []
     for size, accumulate in ((5, 1), (2, 3), (1, 5)):
         learner = load(folders[family])
-        learner.module.eval = lambda: None
-        for module in learner.module.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
         data, _ = learner.form.data(EXAMPLES)
         start = learner.weights()
         made.append(
@@ -420,22 +421,18 @@ def test_checkpointed_activations_give_the_same_gradients(folders, family, lora)
         learner = load(folders[family], gradient_checkpointing=checkpointing, lora=lora)
         learner.module.train()
         for module in learner.module.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
             if "lora_B" in dict(module.named_children()):
-                torch.nn.init.ones_(module.lora_B["default"].weight)
+                torch.nn.init.constant_(module.lora_B["default"].weight, 0.05)
         data, _ = learner.form.data(EXAMPLES)
         learner.loss(data.__getitems__(range(5))).backward()
         found.append(
             {n: p.grad for n, p in learner.module.named_parameters() if p.grad is not None}
         )
-        if checkpointing:
-            assert any(
-                getattr(m, "gradient_checkpointing", False) for m in learner.module.modules()
-            )
+        parts = [getattr(m, "gradient_checkpointing", False) for m in learner.module.modules()]
+        assert any(parts) == checkpointing
     assert found[0].keys() == found[1].keys() != set()
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6)
+        assert float((found[1][name] - gradient).norm()) <= 1e-4 * float(gradient.norm()) + 1e-7
 
 
 @families
@@ -455,11 +452,7 @@ def test_bfloat16_weights_train(folders, family, tmp_path):
 
 
 def test_a_tokenizer_of_another_model(folders, tmp_path):
-    import shutil
-
     shutil.copytree(folders["stories"], tmp_path / "mixed")
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     small = GPT2LMHeadModel(GPT2Config(vocab_size=100, n_embd=8, n_layer=1, n_head=1))
     small.save_pretrained(tmp_path / "mixed")
     with pytest.raises(ConfigError, match="has 512 tokens and its model only 100"):
@@ -472,10 +465,6 @@ def test_a_template_that_is_not_there(folders):
 
 
 def test_weights_that_are_missing(folders, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     shutil.copytree(folders["gpt2"], tmp_path / "part")
     weights = load_file(tmp_path / "part/model.safetensors")
     del weights["transformer.ln_f.weight"]

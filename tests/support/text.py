@@ -57,7 +57,14 @@ def byte_tokenizer(template: str | None = None, ends: bool = False, size: int = 
 
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 256},
-    "t5": {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 2},
+    "t5": {
+        "d_model": 32,
+        "d_ff": 64,
+        "d_kv": 8,
+        "num_layers": 2,
+        "num_heads": 2,
+        "dropout_rate": 0.0,
+    },
 }
 
 
@@ -91,8 +98,13 @@ def write_model(folder: Path, family: str, template: str | None = None, **sizes:
 WORDS = ["boat", "sea", "sun", "red", "tree", "dog", "cat", "hill", "bird", "moon", "star", "lake"]
 
 
-def write_tasks(folder: Path, names: Sequence[str] = ("tea", "sky"), rows: int = 14) -> list[Path]:
-    """JSON lines of text and label, a few words each: one file a task."""
+def write_tasks(
+    folder: Path,
+    names: Sequence[str] = ("tea", "sky"),
+    columns: tuple[str, str] = ("text", "label"),
+    rows: int = 14,
+) -> list[Path]:
+    """JSON lines of a few words and an answer each: one file a task."""
     generator = torch.Generator().manual_seed(3)
     files = []
     for number, name in enumerate(names):
@@ -101,7 +113,29 @@ def write_tasks(folder: Path, names: Sequence[str] = ("tea", "sky"), rows: int =
         for row in range(rows):
             picked = torch.randint(len(WORDS), (2 + row % 5,), generator=generator).tolist()
             text = f"{name} {row} " + " ".join(WORDS[n] for n in picked)
-            lines.append(json.dumps({"text": text, "label": labels[row % len(labels)]}))
+            lines.append(
+                json.dumps(dict(zip(columns, (text, labels[row % len(labels)]), strict=True)))
+            )
         files.append(folder / f"{name}.jsonl")
         files[-1].write_text("\n".join(lines) + "\n")
     return files
+
+
+def write_text_experiment(
+    folder: Path, tasks: Sequence[Path], model: str, methods: str, **sections: str
+) -> Path:
+    """A tiny experiment's file: four steps a task."""
+    named = ", ".join(f"{{name: {path.stem}, train: {path}}}" for path in tasks)
+    given = {
+        "training": "{steps: 4, batch_size: 4, learning_rate: 0.005, threads: 1, device: cpu}",
+        **sections,
+    }
+    if "training" in sections:
+        base = given["training"].strip("{}")
+        more = "batch_size: 4, learning_rate: 0.005, threads: 1, device: cpu"
+        given["training"] = f"{{{base}, {more}}}"
+    text = f"stream: {{name: tasks, test_share: 0.3, tasks: [{named}]}}\nmodel: {model}\n"
+    text += f"methods: {methods}\n" + "".join(f"{k}: {v}\n" for k, v in given.items())
+    path = folder / "experiment.yaml"
+    path.write_text(text)
+    return path

@@ -93,8 +93,21 @@ def _batch(
         tokenizer=form.tokenizer,
         **drawn,
     )
-    new = tokens if form.encoder_decoder else tokens[:, width:]
-    texts: list[str] = form.tokenizer.batch_decode(new, skip_special_tokens=True)
+    written = _decoded(form.tokenizer, tokens if form.encoder_decoder else tokens[:, width:])
+    if form.encoder_decoder:
+        return written
+    # Decoded alone a text may lose the space that it begins with, the first of an indentation.
+    asked, whole = _decoded(form.tokenizer, ids), _decoded(form.tokenizer, tokens)
+    return [
+        after.removeprefix(before) if after.startswith(before) else text
+        for before, after, text in zip(asked, whole, written, strict=True)
+    ]
+
+
+def _decoded(tokenizer: Any, tokens: torch.Tensor) -> list[str]:
+    texts: list[str] = tokenizer.batch_decode(
+        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     return texts
 
 

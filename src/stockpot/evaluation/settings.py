@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +19,10 @@ class EvaluationSettings(BaseModel):
         ge=1,
         le=2**31,
         description="examples scored at a time; null: 1000 images, 32 texts",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="bfloat16 scores by autocast: several times as fast on a GPU, and rounded",
     )
     every: float | None = Field(
         None,

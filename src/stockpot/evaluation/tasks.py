@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -67,7 +68,7 @@ class Evaluator:
         if not task.benchmarks:
             return [held_out]
         scores = [
-            score for name in task.benchmarks for score in self._benchmark(learner, task, name)
+            score for name in task.benchmarks for score in self._scored(learner, task, name)
         ]
         if self.by_benchmarks:
             return [*scores, held_out.aside()]
@@ -80,11 +81,22 @@ class Evaluator:
         if limit is not None and limit < len(data):
             data = data.subset(torch.arange(limit))
         size = self.batch_size(learner)
-        if isinstance(learner, ImageLearner):
-            return accuracy(learner, data, size, self.device)
-        from stockpot.evaluation.language import held_out_loss
+        with self._precision():
+            if isinstance(learner, ImageLearner):
+                return accuracy(learner, data, size, self.device)
+            from stockpot.evaluation.language import held_out_loss
 
-        return held_out_loss(learner, data, size, self.device, partial(self.progress, what))
+            return held_out_loss(learner, data, size, self.device, partial(self.progress, what))
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """Autocast, if the settings ask for it."""
+        if self.settings.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _scored(self, learner: Learner, task: Task, name: str) -> Sequence[Score]:
+        with self._precision():
+            return self._benchmark(learner, task, name)
 
     def _benchmark(self, learner: Learner, task: Task, name: str) -> Sequence[Score]:
         from stockpot.evaluation import benchmarks
@@ -112,18 +124,19 @@ class Evaluator:
         from stockpot.evaluation.lm_eval import run_lm_eval
 
         text: TextLearner = learner  # type: ignore[assignment]
-        results = run_lm_eval(
-            text.module,
-            text.form.tokenizer,
-            names,
-            limit=self.settings.lm_eval_limit,
-            num_fewshot=self.settings.lm_eval_shots,
-            include_path=self.settings.lm_eval_include,
-            batch_size=self.batch_size(learner),
-            device=self.device,
-            seed=self.seed,
-            apply_chat_template=text.form.template,
-        )
+        with self._precision():
+            results = run_lm_eval(
+                text.module,
+                text.form.tokenizer,
+                names,
+                limit=self.settings.lm_eval_limit,
+                num_fewshot=self.settings.lm_eval_shots,
+                include_path=self.settings.lm_eval_include,
+                batch_size=self.batch_size(learner),
+                device=self.device,
+                seed=self.seed,
+                apply_chat_template=text.form.template,
+            )
         return [
             Score(
                 result.value,

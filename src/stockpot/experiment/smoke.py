@@ -37,6 +37,7 @@ _TRAINING: dict[str, Any] = {
     "threads": 1,
 }
 _EVALUATION = {
+    "precision": "float32",
     "max_new_tokens": 4,
     "during_limit": 4,
     "kl": 4,
@@ -128,7 +129,8 @@ def _write_model(family: str, stream: Stream | TextStream, folder: Path) -> None
         tokenizer = _tokenizer(stream, bool(defaults.is_encoder_decoder))
         tokenizer.save_pretrained(folder)
         sizes |= {
-            "vocab_size": len(tokenizer),
+            # Some families add tokens of their own when the tokenizer is read again.
+            "vocab_size": len(tokenizer) + 64,
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -58,10 +60,24 @@ class TextLearner(Learner):
                 input_ids=tokens, attention_mask=mask, decoder_input_ids=start, use_cache=False
             ).logits
         else:
-            logits = called(input_ids=tokens, attention_mask=mask, use_cache=False).logits
-            logits, labels = logits[:, :-1], labels[:, 1:]  # each token is said by the one before
+            labels = labels[:, 1:]  # each token is said by the one before
+            # Of a long prompt nothing is learned, and its logits are the largest tensor there is.
+            asked = (labels != IGNORED).any(dim=0).nonzero().flatten()
+            some = {"logits_to_keep": asked} if self._keeps_some and len(asked) else {}
+            logits = called(input_ids=tokens, attention_mask=mask, use_cache=False, **some).logits
+            if some:
+                labels = labels[:, asked]
+            else:
+                logits = logits[:, :-1]
         example, place = (labels != IGNORED).nonzero(as_tuple=True)
         return Predictions(logits[example, place], labels[example, place], example)
+
+    @functools.cached_property
+    def _keeps_some(self) -> bool:
+        """Whether the model can be asked for the logits of some places alone."""
+        module: Any = self.module
+        base = module.get_base_model() if self.adapted else module
+        return "logits_to_keep" in inspect.signature(base.forward).parameters
 
     def count(self, batch: Any) -> int:
         """Tokens that are learned."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -166,11 +166,12 @@ class Format:
         return self._causal(self.rendered(example) for example in examples)
 
     def choices(self, questions: Sequence[Question]) -> TextData:
-        """Every choice of every question, one after the other."""
+        """Every choice of every question, one after the other; as long as the model's context."""
+        wide = replace(self, max_length=self.context or self.max_length)
         asked = [(q.prompt, choice) for q in questions for choice in q.choices]
         if self.encoder_decoder:
-            return self._pairs([(self.prompt(p), c) for p, c in asked], end=False)[0]
-        return self._causal(self.answered(*pair) for pair in asked)[0]
+            return wide._pairs([(self.prompt(p), c) for p, c in asked], end=False)[0]
+        return wide._causal(self.answered(*pair) for pair in asked)[0]
 
     def _causal(self, rendered: Iterator[Rendered]) -> tuple[TextData, Cut]:
         import numpy as np
