@@ -67,9 +67,7 @@ class Evaluator:
         held_out = self.held_out(learner, task.test, what=task.name)
         if not task.benchmarks:
             return [held_out]
-        scores = [
-            score for name in task.benchmarks for score in self._scored(learner, task, name)
-        ]
+        scores = [score for name in task.benchmarks for score in self._scored(learner, task, name)]
         if self.by_benchmarks:
             return [*scores, held_out.aside()]
         return [held_out, *(score.aside() for score in scores)]

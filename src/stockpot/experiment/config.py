@@ -265,6 +265,11 @@ class _Checker:
         """Refuse methods that could not do what they say with this model or these tasks."""
         adapted = getattr(model, "lora", None) is not None
         of_text = stream is not None and stream.of_text
+        if stream is not None and not of_text and model is not None:
+            # By their values: a resolved experiment has every default written out.
+            own = type(model).model_fields
+            for key in sorted(k for k in model.of_text if getattr(model, k) != own[k].default):
+                self.problem(("model", key), f"is for streams of text, and {stream.name} is none")
         works = ", ".join(name for name, kind in METHODS.items() if not kind.needs_weights)
         problems = []
         for method in methods:

@@ -90,7 +90,9 @@ def shrink_values(values: dict[str, Any], stem: str) -> None:
         values[section] = {**(values.get(section) or {}), **changes}
     model = expand_model(values.get("model"))
     if isinstance(model, dict) and model.get("name") == "huggingface":
-        values["model"] = {**model, **_MODEL}
+        kind = STREAMS.get(stream.get("name", "")) if isinstance(stream, dict) else None
+        of_text = kind is not None and kind.of_text
+        values["model"] = {**model, **(_MODEL if of_text else {})}
     seeds = values.get("seeds")
     if isinstance(seeds, list):
         values["seeds"] = seeds[:1]

@@ -18,6 +18,7 @@ from stockpot.errors import ConfigError, StockpotError
 from stockpot.models.learner import (
     Learner,
     Predictions,
+    checkpoint_activations,
     copy_weights,
     load_weights_,
     save_config,
@@ -161,7 +162,7 @@ def load_language_model(settings: HuggingFace) -> TextLearner:
             f"only {rows}: they do not belong together"
         )
     if settings.gradient_checkpointing:
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(module)
     if settings.lora is not None:
         module = _with_adapters(module, settings, form.encoder_decoder)
     return TextLearner(module, form)

@@ -24,6 +24,7 @@ __all__ = [
     "Predictions",
     "check_finite",
     "check_learner",
+    "checkpoint_activations",
     "conv",
     "copy_weights",
     "evaluating",
@@ -146,6 +147,13 @@ class ImageLearner(Learner):
         if allowed is None:
             return logits
         return logits.masked_fill(~allowed, float("-inf"))
+
+
+def checkpoint_activations(module: Any) -> None:
+    """Let a Transformers model compute its activations twice instead of keeping them."""
+    # Renamed in Transformers 5.
+    enable = getattr(module, "activation_checkpointing_enable", None)
+    (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def save_config(module: Any, folder: Path) -> None:

@@ -6,7 +6,7 @@ import importlib
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -33,6 +33,9 @@ class ModelSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
+
+    of_text: ClassVar[frozenset[str]] = frozenset()
+    """The settings that mean nothing for images."""
 
     def encode(self, stream: Stream | TextStream) -> Stream:
         """The stream as this model takes it; a stream of images stays as it is.
@@ -123,6 +126,9 @@ class HuggingFace(ModelSettings):
     """
 
     name: Literal["huggingface"] = "huggingface"
+    of_text: ClassVar[frozenset[str]] = frozenset(
+        {"max_length", "chat_template", "dtype", "attention", "lora"}
+    )
     id: str = Field(description="hub id, or a local folder that holds config.json")
     revision: str | None = Field(None, description="branch, tag or commit on the hub")
     pretrained: bool = Field(True, description="load the weights; false: fresh ones of this shape")
@@ -204,10 +210,14 @@ class HuggingFace(ModelSettings):
 
             return load_language_model(self)
         from stockpot.models.huggingface import load_image_classifier
+        from stockpot.models.learner import checkpoint_activations
 
-        return load_image_classifier(
+        learner = load_image_classifier(
             resolve_model(self.id), self.revision, self.pretrained, stream.labels
         )
+        if self.gradient_checkpointing:
+            checkpoint_activations(learner.module)
+        return learner
 
 
 class Factory(ModelSettings):
