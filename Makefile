@@ -30,10 +30,11 @@ format: $(VENV)/.installed-dev  ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(VENV)/.installed  ## steps per second against a bare loop (AVALANCHE=python adds that peer), the cost of averaging, merging against mergekit
+benchmarks: $(VENV)/.installed-dev  ## steps per second against a bare loop (AVALANCHE=python adds that peer), the cost of averaging, merging against mergekit, tokenising against TRL
 	$(BIN)/python benchmarks/step_overhead.py $(if $(AVALANCHE),--avalanche $(AVALANCHE))
 	$(BIN)/python benchmarks/averaging.py
 	$(BIN)/python benchmarks/merge_vs_mergekit.py
+	$(BIN)/python benchmarks/tokenising.py  # needs STOCKPOT_DATA, or a network
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) $(VENV_COMPOSER) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -252,6 +252,12 @@ def _format(settings: HuggingFace) -> tuple[Any, Format]:
     encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     limits = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length)
     known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 10**9]
+    positions = limits[0]
+    if settings.max_length and isinstance(positions, int) and settings.max_length > positions:
+        raise ConfigError(
+            f"model.max_length = {settings.max_length}: {settings.id!r} has {positions} positions "
+            "(max_position_embeddings in its config.json)"
+        )
     longest = settings.max_length or min([*known, _LONGEST])
     return config, Format(
         tokenizer,
