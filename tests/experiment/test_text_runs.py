@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from stockpot.errors import ConfigError
 from stockpot.evaluation.language import choices, held_out_loss
 from stockpot.evaluation.sandbox import Sandbox
+from stockpot.evaluation.settings import Programs
 from stockpot.experiment import load_experiment, run_experiment
-from stockpot.experiment.runner import Programs
 from stockpot.methods import METHODS, Memory, TaskRun
 from stockpot.models.language import TextLearner
 from stockpot.models.learner import load_weights_

@@ -314,8 +314,8 @@ def test_cuts_are_counted_and_told():
     assert Cut(9, 0, 0).note("law (train)", 128) is None
     note = Cut(5000, 1200, 3).note("law (train)", 128)
     assert note == (
-        "law (train): of 5,000 examples 1,200 lost the beginning of their prompt and 3 the end of "
-        "their response: they are longer than model.max_length = 128 tokens"
+        "law (train): of 5,000 examples 1,200 lost the beginning of their prompt and 3 lost the "
+        "end of their response: they are longer than model.max_length = 128 tokens"
     )
 
 

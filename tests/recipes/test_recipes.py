@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from stockpot.evaluation.settings import Programs
 from stockpot.experiment import load_experiment, run_experiment
-from stockpot.experiment.runner import Programs
 from stockpot.experiment.smoke import with_tiny_model
 from stockpot.report.write import write_report
 

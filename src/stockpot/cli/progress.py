@@ -44,7 +44,7 @@ class BarObserver(Observer):
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             console=console,
             transient=True,
             speed_estimate_period=60,
@@ -111,7 +111,7 @@ class BarObserver(Observer):
 
     def run_failed(self, run: Run, error: Exception) -> None:
         """One run further, with its failure above the bars."""
-        self._console.print(f"[red]failed[/] {run.id}", highlight=False)
+        self._console.print(f"failed {run.id}", style="red", highlight=False, markup=False)
         self.run_ends(run)
 
     def close(self) -> None:

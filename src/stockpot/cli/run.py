@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from stockpot.evaluation.settings import Programs
     from stockpot.experiment import Experiment
     from stockpot.streams.data import Stream
 
@@ -77,12 +78,13 @@ def run(
     Every task is scored after every task. The same command goes on where an earlier one was
     stopped, by Ctrl-C or worse.
     """
+    from stockpot.evaluation.settings import Programs
     from stockpot.experiment import load_experiment
 
     checked = load_experiment(experiment, overrides or [], output, smoke=smoke)
-    consent = (run_programs, allow_weak_isolation, smoke)
+    programs = Programs(run_programs, allow_weak_isolation, skip=smoke)
     try:
-        _load_and_run(checked, dry_run, as_json, quiet, consent)
+        _load_and_run(checked, dry_run, as_json, quiet, smoke, programs)
     except KeyboardInterrupt:
         from stockpot.cli.output import complain
 
@@ -98,9 +100,9 @@ def _load_and_run(
     dry_run: bool,
     as_json: bool,
     quiet: bool,
-    consent: tuple[bool, bool, bool],
+    smoke: bool,
+    programs: Programs,
 ) -> None:
-    """Read the data, then plan or run; ``consent`` is run programs, allow weakly, smoke."""
     from rich.console import Console
 
     console = Console(stderr=True, quiet=quiet)
@@ -110,18 +112,26 @@ def _load_and_run(
         with console.status("loading PyTorch and Transformers"):
             _quiet_libraries()
         with console.status(f"loading {checked.stream.name}"):
-            if consent[-1]:
+            if smoke:
                 from stockpot.experiment.smoke import with_tiny_model
 
                 checked, stream = with_tiny_model(checked)
             else:
                 stream = checked.load_stream()
-    for note in stream.notes:
+    for note in (*stream.notes, *_left_out(stream, programs)):
         console.print(f"note: {note}", style="dim", highlight=False, markup=False)
     if dry_run:
         _dry_run(checked, stream, as_json)
         return
-    _run(checked, stream, console, as_json, quiet, consent)
+    _run(checked, stream, console, as_json, quiet, programs)
+
+
+def _left_out(stream: Stream, programs: Programs) -> list[str]:
+    from stockpot.evaluation.tasks import needs_programs
+
+    if programs.run or not programs.skip:
+        return []
+    return [f"{name} is left out; --run-programs lets it run" for name in needs_programs(stream)]
 
 
 def _quiet_libraries() -> None:
@@ -144,7 +154,7 @@ def _run(
     console: Console,
     as_json: bool,
     quiet: bool,
-    consent: tuple[bool, bool, bool],
+    programs: Programs,
 ) -> None:
     from rich.markup import escape
 
@@ -153,16 +163,13 @@ def _run(
     from stockpot.cli.table import print_results
     from stockpot.experiment import run_experiment
     from stockpot.experiment.observer import Observer
-    from stockpot.experiment.runner import Programs
     from stockpot.report.write import write_report
 
     watcher: Any = Observer() if quiet else progress_observer(console)
     page = None
     with redirect_stdout(sys.stderr):
         try:
-            outcome = run_experiment(
-                experiment, watcher, stream=stream, programs=Programs(*consent)
-            )
+            outcome = run_experiment(experiment, watcher, stream=stream, programs=programs)
         finally:
             if not quiet:
                 watcher.close()

@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from stockpot.report.findings import headline
 from stockpot.report.table import Column, Group, group_runs, result_columns, task_columns
@@ -52,6 +53,7 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
         f"{first['stream']}, {first['scenario']}, {len(tasks)} tasks; final scores",
         style="bold",
         highlight=False,
+        markup=False,
     )
     console.print(_table(groups, columns), highlight=False)
     seeds = max(len(group.runs) for group in groups)
@@ -67,7 +69,7 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
     console.print("; ".join(notes) + ".", style="dim", highlight=False)
     answer = headline(groups)
     if answer:
-        console.print(answer, highlight=False)
+        console.print(answer, highlight=False, markup=False)
 
 
 def _head(column: Column) -> str:
@@ -80,9 +82,9 @@ def _table(groups: Sequence[Group], columns: Sequence[Column]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for column in columns:
-        table.add_column(_head(column), justify="right", no_wrap=True)
+        table.add_column(Text(_head(column)), justify="right", no_wrap=True)
     for group in groups:
-        table.add_row(group.label, *(column.text(group) for column in columns))
+        table.add_row(Text(group.label), *(column.text(group) for column in columns))
     return table
 
 

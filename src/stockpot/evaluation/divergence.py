@@ -16,6 +16,8 @@ __all__ = ["Divergence", "kl_from"]
 
 _ELEMENTS = 2**28
 """Log-probabilities of the anchor that are held at once: 1 GiB in float32, in host memory."""
+_AT_ONCE = 8
+"""Texts of a batch: thousands of places times a large vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,16 @@ def kl_from(
 
     How far the model's answers have moved on the new task's data goes with what it forgets better
     than how far its weights have (Shenfeld et al. 2025, arXiv 2509.04259). The model holds
-    ``weights`` afterwards. Of the examples only as many are used as the anchor's answers to fit
-    1 GiB.
+    ``weights`` afterwards. Only as many batches of the examples are used as the anchor's answers to
+    them fit 1 GiB, but at least one.
     """
     with evaluating(learner.module):
         learner.load(anchor)
         held: list[Tensor] = []
         batches: list[Tensor] = []
         elements = 0
-        for rows in torch.arange(min(examples, len(data))).split(batch_size):
+        size = batch_size if data.lengths() is None else min(batch_size, _AT_ONCE)
+        for rows in torch.arange(min(examples, len(data))).split(size):
             batch = to_device(data.__getitems__(rows), device)
             logits = learner.predictions(batch).logits
             if batches and elements + logits.numel() > _ELEMENTS:

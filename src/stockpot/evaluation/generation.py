@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +51,8 @@ def generate(
     written = [prompt if raw else form.prompt(prompt) for prompt in prompts]
     plain = raw or not form.template
     encoded = tokenizer(written, add_special_tokens=plain, verbose=False)["input_ids"]
+    if plain and not form.encoder_decoder:
+        encoded = [form.unended(ids) for ids in encoded]
     context = form.context or form.max_length
     limit = form.max_length if form.encoder_decoder else max(context - max_new_tokens, context // 2)
     room = max_new_tokens if form.encoder_decoder else min(max_new_tokens, context - limit)
@@ -80,19 +83,16 @@ def _batch(
     width = max(map(len, prompts))
     ids = torch.tensor([[form.pad] * (width - len(p)) + p for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    drawn: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     module: Any = learner.module
-    tokens = module.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=form.pad,
-        stop_strings=stop or None,
-        tokenizer=form.tokenizer,
-        **drawn,
-    )
+    with _plainly(module, temperature):
+        tokens = module.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=form.pad,
+            stop_strings=stop or None,
+            tokenizer=form.tokenizer,
+        )
     written = _decoded(form.tokenizer, tokens if form.encoder_decoder else tokens[:, width:])
     if form.encoder_decoder:
         return written
@@ -102,6 +102,27 @@ def _batch(
         after.removeprefix(before) if after.startswith(before) else text
         for before, after, text in zip(asked, whole, written, strict=True)
     ]
+
+
+@contextlib.contextmanager
+def _plainly(module: Any, temperature: float) -> Iterator[None]:
+    """Greedy, or drawn at a temperature, and nothing else.
+
+    A model may ship penalties, beams or filters of its own in ``generation_config.json``; two
+    models are compared without them. Only its special tokens are kept.
+    """
+    from transformers import GenerationConfig
+
+    own = module.generation_config
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+    how: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    module.generation_config = GenerationConfig(**{n: getattr(own, n) for n in names}, **how)
+    try:
+        yield
+    finally:
+        module.generation_config = own
 
 
 def _decoded(tokenizer: Any, tokens: torch.Tensor) -> list[str]:

@@ -199,7 +199,7 @@ def _checked_manager(names: list[str], include_path: str | Path | None, unsafe: 
             if task.get("unsafe_code"):
                 raise ConfigError(
                     f"the task {task.get('task', name)!r} runs code that the model wrote, on this "
-                    "machine and unguarded; confirm_run_unsafe_code allows it"
+                    "machine and unguarded; only the function's confirm_run_unsafe_code allows it"
                 )
     return manager
 
@@ -208,7 +208,8 @@ def _unknown(name: str, index: Mapping[str, Any], include_path: str | Path | Non
     close = [repr(each) for each in difflib.get_close_matches(name, index, n=3)]
     hint = f"did you mean {' or '.join(close)}?" if close else "`lm-eval ls tasks` lists its names"
     where = (
-        "a folder with definitions of more tasks can be given as include_path"
+        "a folder with definitions of more tasks can be given as include_path "
+        "(evaluation.lm_eval_include)"
         if include_path is None
         else f"no readable definition of it is in {include_path} either"
     )

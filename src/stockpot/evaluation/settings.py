@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["EvaluationSettings"]
+__all__ = ["EvaluationSettings", "Programs"]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Whether programs that models write may be run. Never from a file: files come from others."""
+
+    run: bool = False
+    allow_weak: bool = False
+    """Whether limits alone will do, where the machine offers no isolation."""
+    skip: bool = False
+    """Whether to leave such benchmarks out instead of refusing the experiment."""
 
 
 class EvaluationSettings(BaseModel):

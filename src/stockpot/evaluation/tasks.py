@@ -45,6 +45,7 @@ class Evaluator:
         device: where the model is.
         seed: of sampled programs.
         sandbox: what generated programs run in; None: they are not run, and not scored.
+        skipped: the benchmarks that are left out, as programs may not be run.
         progress: called with what is scored, how many items are done, and of how many.
         by_benchmarks: whether a task's score in R is that of its benchmarks; else it is that of its
             held-out examples.
@@ -54,6 +55,7 @@ class Evaluator:
     device: torch.device
     sandbox: Sandbox | None
     by_benchmarks: bool
+    skipped: tuple[str, ...] = ()
     seed: int = 0
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from stockpot.errors import ConfigError, nearest
 from stockpot.experiment.config import Experiment
 from stockpot.methods import Method
 from stockpot.methods.base import short
@@ -95,6 +94,8 @@ def make_plan(experiment: Experiment, stream: Stream, share: bool = True) -> Pla
         "model": experiment.model.model_dump(mode="json"),
         "training": experiment.training.identity(),
     }
+    for method in experiment.methods:
+        method.check_tasks([task.name for task in stream.tasks])
     ids = _unique_ids(experiment.methods)
     runs = []
     for seed in experiment.seeds:
@@ -132,14 +133,8 @@ def _stages(
 
 def _joint(stream: Stream, method: Method) -> tuple[int, ...]:
     """The tasks that joint training is on."""
-    names = [task.name for task in stream.tasks]
-    for name in method.left_out():
-        if name not in names:
-            raise ConfigError(f"{method.label}: no task {name!r}{nearest(name, names)}")
-    chosen = tuple(n for n, name in enumerate(names) if name not in method.left_out())
-    if not chosen:
-        raise ConfigError(f"{method.label}: that leaves no task to train on")
-    return chosen
+    out = method.left_out()
+    return tuple(n for n, task in enumerate(stream.tasks) if task.name not in out)
 
 
 def _key(value: Any) -> str:

@@ -55,7 +55,12 @@ class Record:
     # Opening.
 
     def open(
-        self, experiment: Experiment, data: str, environment: dict[str, Any], planned: int
+        self,
+        experiment: Experiment,
+        data: str,
+        environment: dict[str, Any],
+        planned: int,
+        skipped: Sequence[str] = (),
     ) -> None:
         """Start the folder, or take it up where an earlier call stopped. Hold the lock meanwhile.
 
@@ -64,6 +69,7 @@ class Record:
             data: fingerprint of the stream's examples.
             environment: on what it runs.
             planned: how many runs there will be.
+            skipped: benchmarks that are left out.
 
         Raises:
             ConfigError: if the folder holds another experiment, or the data have changed.
@@ -71,7 +77,9 @@ class Record:
         """
         described = self.folder / "experiment.json"
         remove_scratch(self.folder)
-        another = self._what_differs(described, experiment, data) if described.exists() else None
+        another = None
+        if described.exists():
+            another = self._what_differs(described, experiment, data, list(skipped))
         if another is not None:
             log = self.folder / "stages.jsonl"
             if log.exists() and log.stat().st_size:
@@ -82,7 +90,13 @@ class Record:
         # First of all: a folder with this file is a record.
         write_json(
             described,
-            {"name": experiment.name, "planned": planned, "data": data, **experiment.common()},
+            {
+                "name": experiment.name,
+                "planned": planned,
+                "data": data,
+                "left out": list(skipped),
+                **experiment.common(),
+            },
         )
         with space_errors(self.folder):
             self.runs.mkdir(exist_ok=True)
@@ -117,7 +131,9 @@ class Record:
         with exclusive(self.folder):
             yield
 
-    def _what_differs(self, described: Path, experiment: Experiment, data: str) -> str | None:
+    def _what_differs(
+        self, described: Path, experiment: Experiment, data: str, skipped: list[str]
+    ) -> str | None:
         """Why the folder's experiment is another than this one; None if it is the same."""
         held = read_json(described)
         if not isinstance(held, dict):
@@ -136,6 +152,12 @@ class Record:
                 f"{self.folder} holds another experiment ({'; '.join(changes)}). Choose another "
                 "folder with --output, or delete that one. Methods and seeds may be added to a "
                 "folder; the rest may not change."
+            )
+        if held.get("left out", []) != skipped:
+            before = ", ".join(held.get("left out", [])) or "nothing"
+            return (
+                f"in {self.folder} {before} is left out, and now {', '.join(skipped) or 'nothing'} "
+                "would be (--run-programs). Choose another folder with --output, or delete that one"
             )
         if held.get("data") != data:
             return (
@@ -331,6 +353,21 @@ class Record:
             lines = "".join(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
             write_text(folder / f"{name}.jsonl", lines)
 
+    def save_ready(self, run: str, stage: int, about: dict[str, Any]) -> None:
+        """A stage's weights are deployed and written; what is left is to score them."""
+        write_json(self.stage_file(run, stage).with_suffix(".json"), about)
+
+    def ready(
+        self, run: str, stage: int, key: str
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The weights of an unfinished stage that only lacks its scores, and what they cost."""
+        path = self.stage_file(run, stage)
+        try:
+            about: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
+            return (read_tensors(path, about["sha256"]), about) if about["key"] == key else None
+        except (OSError, ValueError, KeyError, DamagedRecordError):
+            return None
+
     def finish_stage(
         self,
         stage: dict[str, Any],
@@ -345,6 +382,7 @@ class Record:
         self._append("scores", scores)
         self._append(_STAGES, [stage])
         self._stages[stage["run"], stage["stage"]] = stage
+        self.stage_file(stage["run"], stage["stage"]).with_suffix(".json").unlink(missing_ok=True)
 
     def _check_manifest(self, folder: Path, manifest: dict[str, Any]) -> None:
         """A finished run's files are there and are those that were written."""
@@ -383,7 +421,9 @@ class Record:
                 for name, number in kept.items()
             }
         write_json(manifest_file, manifest)
-        if keep != "all":
-            for number in range(stages):
+        for number in range(stages):
+            if keep != "all":
                 self.stage_file(run, number).unlink(missing_ok=True)
+            self.stage_file(run, number).with_suffix(".json").unlink(missing_ok=True)
         shutil.rmtree(folder / "memory", ignore_errors=True)
+        (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try

@@ -20,6 +20,7 @@ from stockpot.arithmetic import fingerprint, l2_distance
 from stockpot.errors import ConfigError, DamagedRecordError, DiskFullError, StockpotError
 from stockpot.evaluation.divergence import kl_from
 from stockpot.evaluation.score import Score, headline_value
+from stockpot.evaluation.settings import Programs
 from stockpot.evaluation.tasks import Evaluator, needs_programs
 from stockpot.experiment.config import Experiment
 from stockpot.experiment.environment import describe_environment
@@ -34,7 +35,7 @@ from stockpot.models.learner import Learner, check_finite, check_learner
 from stockpot.streams.data import Stream
 from stockpot.training.trainer import Trained, Watch, choose_device, train_task
 
-__all__ = ["Outcome", "Programs", "run_experiment"]
+__all__ = ["Outcome", "run_experiment"]
 
 
 TaskScores = tuple[str, list[Score]]
@@ -45,17 +46,6 @@ _GENERAL = "lm-eval"
 
 _SUMMARY_SECONDS = 2.0
 """How old summary.json may be while an experiment runs, so that a report can be had meanwhile."""
-
-
-@dataclass(frozen=True)
-class Programs:
-    """Whether programs that models write may be run. Never from a file: files come from others."""
-
-    run: bool = False
-    allow_weak: bool = False
-    """Whether limits alone will do, where the machine offers no isolation."""
-    skip: bool = False
-    """Whether to leave such benchmarks out instead of refusing the experiment."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +117,13 @@ def _evaluator(experiment: Experiment, stream: Stream, programs: Programs) -> Ev
         from stockpot.evaluation.lm_eval import check_lm_eval_tasks
 
         check_lm_eval_tasks(settings.lm_eval, settings.lm_eval_include)
-    skipped = set() if sandbox is not None else set(wanted)
+    skipped = () if sandbox is not None else tuple(wanted)
     benchmarked = all(
         any(f"{task.name}: {name}" not in skipped for name in task.benchmarks)
         for task in stream.tasks
     )
-    return Evaluator(settings, choose_device(experiment.training.device), sandbox, benchmarked)
+    device = choose_device(experiment.training.device)
+    return Evaluator(settings, device, sandbox, benchmarked, skipped)
 
 
 class _Runner:
@@ -165,7 +156,9 @@ class _Runner:
             environment["isolation of generated programs"] = self.evaluator.sandbox.level
         environment["notes on the data"] = list(self.stream.notes)
         planned = len(self.plan.runs)
-        self.record.open(self.experiment, self.plan.data, environment, planned)
+        self.record.open(
+            self.experiment, self.plan.data, environment, planned, self.evaluator.skipped
+        )
         # The trainer collects garbage at every task; what is alive now need not be searched.
         gc.collect()
         gc.freeze()
@@ -217,8 +210,6 @@ class _Runner:
             previous = self.record.weights(run.id, done - 1) if done else self.start
             for stage in run.stages[done:]:
                 previous = self._stage(run, method, stage, previous)
-            if self.learner is not None and self.experiment.record.weights != "none":
-                self.learner.describe(self.record.run_folder(run.id))
         self.record.finish_run(run.id, len(run.stages), self.experiment.record.weights)
         self.observer.run_ends(run)
 
@@ -247,6 +238,53 @@ class _Runner:
         """Train (or take from the store), end, score and write one stage."""
         self.observer.stage_begins(run, stage)
         context = self._context(run, stage, previous)
+        # Scoring may take hours: what a kill meanwhile left trained is not trained again.
+        ready = self.record.ready(run.id, stage.number, stage.deployed)
+        if ready is None:
+            deployed, about = self._deploy(run, method, stage, context)
+        else:
+            deployed, about = ready
+            context.load(deployed)
+            context.merges[:], context.curve[:] = about["merges"], about["curve"]
+        scores = self._scores(stage.deployed)
+        self._save_items(run, stage, scores)
+        floating = [name for name, weight in deployed.items() if weight.is_floating_point()]
+        names = [self.stream.tasks[task].name for task in stage.tasks]
+        line: dict[str, Any] = {
+            "run": run.id,
+            "stage": stage.number,
+            "tasks": names,
+            "row": stage.row,
+            **{key: about[key] for key in ("steps", "seconds", "peak_memory", "trained_here")},
+            "l2_to_anchor": l2_distance(
+                (deployed[name] for name in floating), (previous[name] for name in floating)
+            ),
+            "kl_from_anchor": self._divergence(context, stage, previous, deployed),
+            **{key: about[key] for key in ("losses", "key", "sha256")},
+        }
+        if context.last and self.experiment.record.weights != "none":
+            context.learner.describe(self.record.run_folder(run.id))
+        at = {"run": run.id, "stage": stage.number}
+        self.record.finish_stage(
+            line,
+            self._score_lines(run, stage, scores),
+            merges=[{**at, "task": names[-1], **merge} for merge in context.merges],
+            curves=[{**at, "trained": names[-1], **point} for point in context.curve],
+        )
+        self.prefixes.used(stage.trained)
+        self._forget_weights(run, stage)
+        shown = [
+            f"{value:.2f}" if own[0].better == "lower" else f"{100 * value:.0f}"
+            for _, own in scores
+            if (value := headline_value(own)) is not None
+        ]
+        self.observer.stage_ends(run, stage, about["trained_here"], shown)
+        return deployed
+
+    def _deploy(
+        self, run: Run, method: Method, stage: Stage, context: TaskRun
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Train and end one stage; the deployed weights are on disk when this returns."""
         trained, fresh = self._train(run, method, stage, context)
         begin = time.perf_counter()
         method.end_task(context)
@@ -264,42 +302,19 @@ class _Runner:
             deployed,
             same_as=self.prefixes.path(stage.trained) if same else None,
         )
-        scores = self._scores(stage.deployed)
-        self._save_items(run, stage, scores)
-        floating = [name for name, weight in deployed.items() if weight.is_floating_point()]
-        line: dict[str, Any] = {
-            "run": run.id,
-            "stage": stage.number,
-            "tasks": [self.stream.tasks[task].name for task in stage.tasks],
-            "row": stage.row,
+        about = {
             "steps": trained.steps,
             "seconds": trained.seconds + end_seconds,
             "peak_memory": trained.peak_memory,
             "trained_here": fresh,
-            "l2_to_anchor": l2_distance(
-                (deployed[name] for name in floating), (previous[name] for name in floating)
-            ),
-            "kl_from_anchor": self._divergence(context, stage, previous, deployed),
             "losses": trained.losses,
+            "merges": context.merges,
+            "curve": context.curve,
             "key": stage.deployed,
             "sha256": digest,
         }
-        about = {"run": run.id, "stage": stage.number}
-        self.record.finish_stage(
-            line,
-            self._score_lines(run, stage, scores),
-            merges=[{**about, "task": line["tasks"][-1], **merge} for merge in context.merges],
-            curves=[{**about, "trained": line["tasks"][-1], **point} for point in context.curve],
-        )
-        self.prefixes.used(stage.trained)
-        self._forget_weights(run, stage)
-        shown = [
-            f"{value:.2f}" if own[0].better == "lower" else f"{100 * value:.0f}"
-            for _, own in scores
-            if (value := headline_value(own)) is not None
-        ]
-        self.observer.stage_ends(run, stage, fresh, shown)
-        return deployed
+        self.record.save_ready(run.id, stage.number, about)
+        return deployed, about
 
     def _divergence(
         self,

@@ -15,10 +15,11 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stockpot.errors import ConfigError, nearest
+from stockpot.errors import ConfigError, StockpotError, nearest
 from stockpot.models import expand_model
 from stockpot.models.settings import HuggingFace
 from stockpot.streams import STREAMS
+from stockpot.streams.base import TasksByLabel
 
 if TYPE_CHECKING:
     from stockpot.experiment.config import Experiment
@@ -66,6 +67,10 @@ _SIZES = {
     "image_size": 32,
     "patch_size": 16,
 }
+_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
 _VOCABULARY = 512
 _TEXTS = 2000
 
@@ -81,9 +86,7 @@ def shrink_values(values: dict[str, Any], stem: str) -> None:
     if isinstance(stream, dict) and stream.get("name") in STREAMS:
         known = STREAMS[stream["name"]].model_fields
         stream.update({key: value for key, value in _STREAM.items() if key in known})
-        tasks = stream.get("tasks")
-        if isinstance(tasks, int) and tasks > _TASKS and "order" in known:
-            stream["order"] = list(range(_TASKS))
+        _shorten(stream)
     for section, changes in (("training", _TRAINING), ("evaluation", _EVALUATION)):
         if not isinstance(values.get(section, {}), dict | None):
             continue  # the check says what is wrong with it
@@ -93,11 +96,24 @@ def shrink_values(values: dict[str, Any], stem: str) -> None:
         kind = STREAMS.get(stream.get("name", "")) if isinstance(stream, dict) else None
         of_text = kind is not None and kind.of_text
         values["model"] = {**model, **(_MODEL if of_text else {})}
+        values["model"].pop("attention", None)  # kernels of a GPU, mostly
     seeds = values.get("seeds")
     if isinstance(seeds, list):
         values["seeds"] = seeds[:1]
     values["name"] = f"{values.get('name', stem)} (smoke test: the numbers mean nothing)"
     values["output"] = f"{values.get('output', f'runs/{stem}')}-smoke"
+
+
+def _shorten(stream: dict[str, Any]) -> None:
+    """Only the first tasks of a long stream of images."""
+    try:
+        settings = STREAMS[stream["name"]].model_validate(stream)
+    except ValueError:
+        return  # the check says what is wrong with it
+    if isinstance(settings, TasksByLabel) and not settings.of_text:
+        order = settings.order or range(settings._task_count() or 0)
+        if len(order) > _TASKS:
+            stream["order"] = list(order)[:_TASKS]
 
 
 def with_tiny_model(experiment: Experiment) -> tuple[Experiment, Stream]:
@@ -108,13 +124,24 @@ def with_tiny_model(experiment: Experiment) -> tuple[Experiment, Stream]:
         folder = experiment.output.parent / f".{experiment.output.name}-model"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        _write_model(model.known_family(), stream, folder)
+        family = model.known_family()
+        try:
+            _write_model(family, stream, folder, bool(model.chat_template))
+        except StockpotError:
+            raise
+        except Exception as error:  # a family's configuration may want anything
+            line = (str(error).strip().splitlines() or [""])[0]
+            raise ConfigError(
+                f"--smoke can make no tiny model of model.family = {family} for this stream "
+                f"({type(error).__name__}: {line}). Give another family, or a small model of your "
+                "own as model.id without --smoke"
+            ) from error
         tiny = model.model_copy(update={"id": str(folder), "revision": None, "pretrained": True})
         experiment = replace(experiment, model=tiny)
     return experiment, experiment.model.encode(stream)
 
 
-def _write_model(family: str, stream: Stream | TextStream, folder: Path) -> None:
+def _write_model(family: str, stream: Stream | TextStream, folder: Path, templated: bool) -> None:
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
@@ -129,6 +156,8 @@ def _write_model(family: str, stream: Stream | TextStream, folder: Path) -> None
     sizes = {key: value for key, value in _SIZES.items() if hasattr(defaults, key)}
     if isinstance(stream, TextStream):
         tokenizer = _tokenizer(stream, bool(defaults.is_encoder_decoder))
+        if templated:
+            tokenizer.chat_template = _TEMPLATE
         tokenizer.save_pretrained(folder)
         sizes |= {
             # Some families add tokens of their own when the tokenizer is read again.

@@ -6,7 +6,7 @@ here imports torch when it is imported, so that an experiment is checked in a mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -141,6 +141,13 @@ class Method(BaseModel):
     """The setting along which figures draw this method's curve."""
     headline: ClassVar[tuple[str, ...]] = ()
     """The settings that a run's name always gives; others only when they are not the default."""
+
+    def check_tasks(self, names: Sequence[str]) -> None:
+        """Refuse a stream that the settings do not fit, before anything is trained.
+
+        Raises:
+            ConfigError: saying which setting does not fit.
+        """
 
     def left_out(self) -> tuple[str, ...]:
         """The names of tasks that joint training leaves out."""

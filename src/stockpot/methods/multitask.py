@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
 
+from stockpot.errors import ConfigError, nearest
 from stockpot.methods.base import Method
 
 __all__ = ["Multitask"]
@@ -22,6 +24,14 @@ class Multitask(Method):
         description="a task that is not trained on, only scored: what a model knows that has never "
         "seen it; several with commas",
     )
+
+    def check_tasks(self, names: Sequence[str]) -> None:
+        """What is left out is in the stream, and something is left."""
+        for name in self.left_out():
+            if name not in names:
+                raise ConfigError(f"multitask: without: no task {name!r}{nearest(name, names)}")
+        if not set(names) - set(self.left_out()):
+            raise ConfigError("multitask: without: that leaves no task to train on")
 
     def left_out(self) -> tuple[str, ...]:
         """The names of the tasks that are not trained on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -41,6 +41,14 @@ class TaskArithmetic(Experts):
         "such lists makes a grid: [[0.25, 0.75], [0.75, 0.25]]",
     )
 
+    def check_tasks(self, names: Sequence[str]) -> None:
+        """A factor for every task."""
+        if self.weights is not None and len(self.weights) != len(names):
+            raise ConfigError(
+                f"task-arithmetic: weights = {list(self.weights)} has {len(self.weights)} factors "
+                f"and the stream has {len(names)} tasks ({', '.join(names)}): give one for each"
+            )
+
     def given(self) -> dict[str, Any]:
         """Without the scale where weights take its place."""
         return {k: v for k, v in super().given().items() if k != "scale" or self.weights is None}
@@ -53,9 +61,4 @@ class TaskArithmetic(Experts):
 
         if self.weights is None:
             return task_arithmetic(start, experts, scale=self.scale)
-        if len(self.weights) < len(experts):
-            raise ConfigError(
-                f"task-arithmetic.weights = {list(self.weights)} has {len(self.weights)} factors "
-                f"and there are {len(experts)} tasks"
-            )
         return task_arithmetic(start, experts, weights=self.weights[: len(experts)])

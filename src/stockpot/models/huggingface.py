@@ -42,7 +42,7 @@ def load_image_classifier(
     Raises:
         ConfigError: if the model cannot be had.
     """
-    from transformers import AutoConfig, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, num_labels=labels)
@@ -71,7 +71,10 @@ def load_image_classifier(
         raise ConfigError(
             f"the preprocessor_config.json of {source!r} cannot be used: {line}"
         ) from error
-    return ImageLearner(module, partial(preprocess_images, **processing))
+    processor = None
+    if _has_processor(source, revision):
+        processor = AutoImageProcessor.from_pretrained(source, revision=revision)
+    return ImageLearner(module, partial(preprocess_images, **processing), processor)
 
 
 def _check_body(source: str, module: Any, loaded: dict[str, Any]) -> None:

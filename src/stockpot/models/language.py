@@ -186,6 +186,9 @@ def _load_module(settings: HuggingFace, config: Any, encoder_decoder: bool) -> A
             attn_implementation=settings.attention,
             output_loading_info=True,
         )
+    except ImportError as error:
+        line = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model.attention = {settings.attention}: {line}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _cannot_load("model", settings.id, error) from error
     missing = sorted(loaded["missing_keys"]) + [key[0] for key in loaded["mismatched_keys"]]
@@ -214,11 +217,27 @@ def _with_adapters(module: Any, settings: HuggingFace, encoder_decoder: bool) ->
     )
     try:
         adapted = peft.get_peft_model(module, config)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise ConfigError(f"model.lora: {error}") from error
+    _refuse_tied(adapted)
     if settings.gradient_checkpointing:
         module.enable_input_require_grads()
     return adapted
+
+
+def _refuse_tied(adapted: Any) -> None:
+    """An adapter on one use of a weight that has two could not be merged into the weight."""
+    uses: dict[int, list[str]] = {}
+    for name, parameter in adapted.named_parameters(remove_duplicate=False):
+        uses.setdefault(id(parameter), []).append(name)
+    for names in uses.values():
+        for name in names:
+            if len(names) > 1 and ".base_layer." in name:
+                raise ConfigError(
+                    f"model.lora.target_modules: {_plain(name)!r} is tied to "
+                    f"{', '.join(repr(_plain(n)) for n in names if n != name)}; an adapter on one "
+                    "of them cannot be merged into the weight that they share. Name other layers"
+                )
 
 
 def _cannot_load(what: str, source: str, error: Exception) -> ConfigError:

@@ -123,6 +123,14 @@ class ImageLearner(Learner):
 
     module: nn.Module
     preprocess: Callable[[Tensor], Tensor] = to_unit_range
+    processor: Any = None
+    """The image processor of Transformers that ``preprocess`` does the work of, if there is one."""
+
+    def describe(self, folder: Path) -> None:
+        """Write the model's configuration and its image processor's."""
+        save_config(self.module, folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
 
     def logits(
         self, images: Tensor, allowed: Tensor | None = None, module: nn.Module | None = None

@@ -10,7 +10,10 @@ model's to say, for many tokens begin with it.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import functools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -23,6 +26,8 @@ from stockpot.streams.tokens import Ragged, TextData
 
 __all__ = ["Cut", "Format", "Rendered"]
 
+_DAY = datetime.date(2025, 1, 1)
+"""Today, for templates that write the date: the same examples are the same tokens tomorrow."""
 _BATCH = 2000
 """Examples that are tokenised at a time: enough for all threads, little beside the result."""
 
@@ -54,7 +59,7 @@ class Cut(NamedTuple):
         if self.prompts:
             parts.append(f"{self.prompts:,} lost the beginning of their prompt")
         if self.responses:
-            parts.append(f"{self.responses:,} the end of their response")
+            parts.append(f"{self.responses:,} lost the end of their response")
         return (
             f"{name}: of {self.examples:,} examples {' and '.join(parts)}: they are longer than "
             f"model.max_length = {max_length} tokens"
@@ -87,6 +92,11 @@ class Format:
                 return int(token)
         return 0
 
+    def unended(self, tokens: list[int]) -> list[int]:
+        """Without the end-of-sequence token that some tokenizers put after every text."""
+        eos = self.tokenizer.eos_token_id
+        return tokens[:-1] if tokens and tokens[-1] == eos else tokens
+
     # As text.
 
     def prompt(self, text: str) -> str:
@@ -98,11 +108,26 @@ class Format:
             return self._templated(messages, ask=True)
         return "\n\n".join(message.content for message in messages).rstrip()
 
+    @functools.cached_property
+    def _dateless_template(self) -> str | None:
+        """The chat template, with one day for today."""
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str):
+            return None
+
+        def fixed(call: re.Match[str]) -> str:
+            return repr(_DAY.strftime(call[2]))
+
+        return re.sub(r"""strftime_now\((["'])(.*?)\1\)""", fixed, template)
+
     def _templated(self, messages: Sequence[Message], ask: bool) -> str:
         turns = [{"role": role, "content": content} for role, content in messages]
         try:
             text: str = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=ask
+                turns,
+                chat_template=self._dateless_template,
+                tokenize=False,
+                add_generation_prompt=ask,
             )
         except Exception as error:  # templates are anyone's code, and refuse what they do not take
             roles = ", ".join(message.role for message in messages)
@@ -188,6 +213,10 @@ class Format:
                     last = _token_at(encoding, min(end, len(item.text)), len(item.text))
                     learned[first:last] = True
                 eos = self.tokenizer.eos_token_id
+                if not (item.end or self.template):
+                    # Some tokenizers end every text; nothing ends this one.
+                    kept = len(self.unended(encoding.ids))
+                    tokens, learned = tokens[:kept], learned[:kept]
                 if item.end and eos is not None and (not len(tokens) or tokens[-1] != eos):
                     tokens = np.append(tokens, np.int32(eos))
                     learned = np.append(learned, True)
@@ -223,13 +252,12 @@ class Format:
         prompts, responses = [p for p, _ in pairs], [r for _, r in pairs]
         sides: list[list[list[int]]] = []
         cut = []
-        eos = self.tokenizer.eos_token_id
         for texts in (prompts, responses):
             side = []
             for begin in range(0, len(texts), _BATCH):
                 side += [e.ids for e in self._encoded(texts[begin : begin + _BATCH], plain=True)]
-            if side and texts is responses:
-                side = [ids[:-1] if ids and ids[-1] == eos and not end else ids for ids in side]
+            if texts is responses and not end:
+                side = [self.unended(ids) for ids in side]
             cut.append(sum(len(ids) > self.max_length for ids in side))
             # The end of a prompt holds the question, and the token that ends the sequence.
             kept = slice(-self.max_length, None) if texts is prompts else slice(self.max_length)

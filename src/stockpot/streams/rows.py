@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stockpot.errors import StockpotError
+from stockpot.errors import StockpotError, nearest
 
 __all__ = ["FILES", "MISSING", "Rows", "is_file", "open_data_set", "read_file", "rows_of_split"]
 
@@ -289,8 +289,11 @@ def _folder(place: str, config: str | None) -> Any:
     """The splits of a folder; those in parquet may differ in their columns."""
     import datasets
 
-    if config is not None and config not in datasets.get_dataset_config_names(place):
-        config = None
+    known = datasets.get_dataset_config_names(place)
+    if config is not None and config not in known:
+        if known != ["default"]:
+            raise StockpotError(f"it has no configuration {config!r}{nearest(config, known)}")
+        config = None  # a mirror holds one configuration, under no name
     builder = datasets.load_dataset_builder(place, config)
     if builder.name != "parquet":
         return datasets.load_dataset(place, config)
