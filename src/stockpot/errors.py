@@ -12,6 +12,7 @@ __all__ = [
     "DiskFullError",
     "NonFiniteError",
     "StockpotError",
+    "first_line",
     "nearest",
 ]
 
@@ -38,6 +39,11 @@ class DamagedRecordError(StockpotError):
 
 class DiskFullError(StockpotError):
     """A write failed for want of space; what had been finished before is intact."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, on one line: its first, or its kind if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -13,9 +13,10 @@ from sklearn.datasets import load_digits as sklearn_digits
 
 from stockpot.errors import StockpotError
 from stockpot.streams.data import ImageData, Mixture, Stream, Task
-from stockpot.streams.hub import load_hub_images, resolve_source
+from stockpot.streams.hub import load_hub_images
 from stockpot.streams.images import LabelledImages, permuted_stream, split_stream
 from stockpot.streams.settings import EVEN_ODD, PAIRS, Digits, Mnist
+from stockpot.streams.source import resolve_source
 
 
 def digit_of(pixels, dataset):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from stockpot.arithmetic import fingerprint, is_finite
 from stockpot.averaging.disk import TensorsOnDisk
 from stockpot.averaging.weights import Box, Piece, Span, find_weights
-from stockpot.errors import NonFiniteError, StockpotError
+from stockpot.errors import NonFiniteError, StockpotError, first_line
 from stockpot.files import write_tensors
 
 __all__ = ["Anchor", "Store", "check_store", "find_files"]
@@ -284,7 +284,7 @@ def _from_hub(path: str | Path) -> Path:
         patterns = ["*.safetensors", "*.safetensors.index.json"]
         return Path(snapshot_download(path, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many kinds
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise FileNotFoundError(f"{missing}. The hub says: {line}") from error
 
 

@@ -69,7 +69,10 @@ class Evaluator:
         held_out = self.held_out(learner, task.test, what=task.name)
         if not task.benchmarks:
             return [held_out]
-        scores = [score for name in task.benchmarks for score in self._scored(learner, task, name)]
+        scores: list[Score] = []
+        for name in task.benchmarks:
+            with self._precision():
+                scores += self._benchmark(learner, task, name)
         if self.by_benchmarks:
             return [*scores, held_out.aside()]
         return [held_out, *(score.aside() for score in scores)]
@@ -93,10 +96,6 @@ class Evaluator:
         if self.settings.precision == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
-
-    def _scored(self, learner: Learner, task: Task, name: str) -> Sequence[Score]:
-        with self._precision():
-            return self._benchmark(learner, task, name)
 
     def _benchmark(self, learner: Learner, task: Task, name: str) -> Sequence[Score]:
         from stockpot.evaluation import benchmarks

@@ -15,7 +15,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stockpot.errors import ConfigError, StockpotError, nearest
+from stockpot.errors import ConfigError, StockpotError, first_line, nearest
 from stockpot.models import expand_model
 from stockpot.models.settings import HuggingFace
 from stockpot.streams import STREAMS
@@ -130,11 +130,10 @@ def with_tiny_model(experiment: Experiment) -> tuple[Experiment, Stream]:
         except StockpotError:
             raise
         except Exception as error:  # a family's configuration may want anything
-            line = (str(error).strip().splitlines() or [""])[0]
             raise ConfigError(
                 f"--smoke can make no tiny model of model.family = {family} for this stream "
-                f"({type(error).__name__}: {line}). Give another family, or a small model of your "
-                "own as model.id without --smoke"
+                f"({type(error).__name__}: {first_line(error)}). Give another family, or a small "
+                "model of your own as model.id without --smoke"
             ) from error
         tiny = model.model_copy(update={"id": str(folder), "revision": None, "pretrained": True})
         experiment = replace(experiment, model=tiny)

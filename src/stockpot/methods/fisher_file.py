@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from stockpot.errors import ConfigError, NonFiniteError, StockpotError, nearest
 from stockpot.merging.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from stockpot.merging.dtypes import FLOATING
-from stockpot.streams.hub import resolve_source
+from stockpot.streams.source import resolve_source
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor
 
-from stockpot.errors import ConfigError
+from stockpot.errors import ConfigError, first_line
 from stockpot.models.learner import ImageLearner, to_unit_range
 
 __all__ = ["image_processing", "load_image_classifier", "preprocess_images"]
@@ -42,7 +42,7 @@ def load_image_classifier(
     Raises:
         ConfigError: if the model cannot be had.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    from transformers import AutoConfig, AutoModelForImageClassification
 
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, num_labels=labels)
@@ -59,21 +59,19 @@ def load_image_classifier(
         else:
             module = AutoModelForImageClassification.from_config(config)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise ConfigError(
             f"cannot load the model {source!r}: {line}. Without a network, give a local folder "
             "that holds config.json and model.safetensors"
         ) from error
     try:
-        processing = image_processing(source, revision, config)
+        processor = _image_processor(source, revision)
+        processing = _processing_of(processor, config)
     except (OSError, ImportError, LookupError, ValueError, TypeError, AttributeError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise ConfigError(
             f"the preprocessor_config.json of {source!r} cannot be used: {line}"
         ) from error
-    processor = None
-    if _has_processor(source, revision):
-        processor = AutoImageProcessor.from_pretrained(source, revision=revision)
     return ImageLearner(module, partial(preprocess_images, **processing), processor)
 
 
@@ -101,24 +99,27 @@ def image_processing(source: str, revision: str | None, config: Any) -> dict[str
     Raises:
         ValueError: if the processor does something else to an image.
     """
-    from transformers import AutoImageProcessor
+    return _processing_of(_image_processor(source, revision), config)
 
+
+def _processing_of(processor: Any, config: Any) -> dict[str, Any]:
     channels = getattr(config, "num_channels", 3)
-    if not _has_processor(source, revision):
+    if processor is None:
         side = getattr(config, "image_size", None)
         size = (side, side) if isinstance(side, int) else side
         return {"resize": {"size": tuple(size)} if size else None, "channels": channels}
-    processor = AutoImageProcessor.from_pretrained(source, revision=revision)
     settings = {name: value for name, value in processor.to_dict().items() if value is not None}
     processing = _processing(settings, channels)
     _compare(processor, processing, settings, channels)
     return processing
 
 
-def _has_processor(source: str, revision: str | None) -> bool:
+def _image_processor(source: str, revision: str | None) -> Any:
+    """The model's image processor; None if it has none."""
+    from transformers import AutoImageProcessor
     from transformers.utils import cached_file
 
-    return any(
+    found = any(
         cached_file(
             source,
             name,
@@ -129,6 +130,7 @@ def _has_processor(source: str, revision: str | None) -> bool:
         )
         for name in ("preprocessor_config.json", "processor_config.json")
     )
+    return AutoImageProcessor.from_pretrained(source, revision=revision) if found else None
 
 
 _FOLLOWED = frozenset(

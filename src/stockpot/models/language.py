@@ -14,13 +14,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from stockpot.errors import ConfigError, StockpotError
+from stockpot.errors import ConfigError, StockpotError, first_line
 from stockpot.models.learner import (
     Learner,
     Predictions,
     checkpoint_activations,
     copy_weights,
     load_weights_,
+    named_weights,
     save_config,
 )
 from stockpot.models.rendering import Format
@@ -111,8 +112,9 @@ class TextLearner(Learner):
         if not self.adapted:
             load_weights_(self.module, weights)
             return
-        low_rank = {n: w for n, w in copy_weights(self.module).items() if _is_low_rank(n)}
-        names = {_plain(n): n for n in copy_weights(self.module) if n not in low_rank}
+        own = named_weights(self.module)
+        low_rank = {name: weight for name, weight in own.items() if _is_low_rank(name)}
+        names = {_plain(name): name for name in own if name not in low_rank}
         renamed = {names.get(name, name): weight for name, weight in weights.items()}
         load_weights_(self.module, {**renamed, **low_rank})
         for _, layer in self._adapted_layers():
@@ -187,8 +189,7 @@ def _load_module(settings: HuggingFace, config: Any, encoder_decoder: bool) -> A
             output_loading_info=True,
         )
     except ImportError as error:
-        line = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model.attention = {settings.attention}: {line}") from error
+        raise ConfigError(f"model.attention = {settings.attention}: {first_line(error)}") from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _cannot_load("model", settings.id, error) from error
     missing = sorted(loaded["missing_keys"]) + [key[0] for key in loaded["mismatched_keys"]]
@@ -241,10 +242,9 @@ def _refuse_tied(adapted: Any) -> None:
 
 
 def _cannot_load(what: str, source: str, error: Exception) -> ConfigError:
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ConfigError(
-        f"cannot load the {what} of {source!r}: {line}. Without a network, give a local folder "
-        "that holds config.json, model.safetensors and the tokenizer's files"
+        f"cannot load the {what} of {source!r}: {first_line(error)}. Without a network, give a "
+        "local folder that holds config.json, model.safetensors and the tokenizer's files"
     )
 
 

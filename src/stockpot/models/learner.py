@@ -30,6 +30,7 @@ __all__ = [
     "evaluating",
     "load_weights_",
     "mlp",
+    "named_weights",
     "save_config",
     "to_device",
     "to_unit_range",
@@ -128,7 +129,7 @@ class ImageLearner(Learner):
 
     def describe(self, folder: Path) -> None:
         """Write the model's configuration and its image processor's."""
-        save_config(self.module, folder)
+        super().describe(folder)
         if self.processor is not None:
             self.processor.save_pretrained(folder)
 
@@ -222,7 +223,7 @@ def conv(
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(depth * height * width, labels))
 
 
-def _named_weights(module: nn.Module) -> dict[str, Tensor]:
+def named_weights(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, a tied tensor once."""
     persistent = set(module.state_dict(keep_vars=True))
     named: dict[str, Tensor] = dict(module.named_parameters())
@@ -233,8 +234,7 @@ def _named_weights(module: nn.Module) -> dict[str, Tensor]:
 def copy_weights(module: nn.Module) -> dict[str, Tensor]:
     """A copy of all weights (parameters and persistent buffers) in host memory."""
     return {
-        name: tensor.detach().to("cpu", copy=True)
-        for name, tensor in _named_weights(module).items()
+        name: tensor.detach().to("cpu", copy=True) for name, tensor in named_weights(module).items()
     }
 
 
@@ -245,7 +245,7 @@ def load_weights_(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     Raises:
         StockpotError: if a name or a shape does not match.
     """
-    own = _named_weights(module)
+    own = named_weights(module)
     if own.keys() != weights.keys():
         missing, extra = own.keys() - weights.keys(), weights.keys() - own.keys()
         raise StockpotError(
@@ -309,7 +309,7 @@ def check_finite(module: nn.Module, where: str) -> None:
     Raises:
         NonFiniteError: naming the first such weight and ``where`` it was found.
     """
-    for name, tensor in _named_weights(module).items():
+    for name, tensor in named_weights(module).items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise NonFiniteError(
                 f"{where}: weight {name!r} is not finite; nothing of it was saved. Lower "

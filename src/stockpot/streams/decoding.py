@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from stockpot.errors import StockpotError
+from stockpot.errors import StockpotError, first_line
 from stockpot.files import space_errors
 from stockpot.streams.encoded import EncodedImages, LabelledFiles
 
@@ -104,7 +104,7 @@ class _Decoder:
             if self.size is not None and image.size != (self.size, self.size):
                 image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
         except Exception as error:  # what a broken file raises is anyone's guess
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            line = first_line(error)
             raise StockpotError(f"{name}: not an image that can be read ({line})") from error
         return image
 

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stockpot.errors import StockpotError
+from stockpot.errors import StockpotError, first_line
 from stockpot.streams.encoded import LabelledFiles, hold_out, test_split
 from stockpot.streams.images import LabelledImages
+from stockpot.streams.source import cannot_load, resolve_source
 
-__all__ = ["load_hub_images", "open_hub_images", "resolve_source"]
-
-
-def resolve_source(source: str) -> str:
-    """Where to read ``source`` from.
-
-    ``STOCKPOT_DATA`` names an offline mirror: if it holds ``<org>/<name>``, that folder is read
-    instead of the hub, by the same code.
-    """
-    mirror = os.environ.get("STOCKPOT_DATA")
-    if mirror and not Path(source).is_absolute() and (Path(mirror) / source).is_dir():
-        return str((Path(mirror) / source).resolve())
-    return source
+__all__ = ["load_hub_images", "open_hub_images"]
 
 
 def load_hub_images(source: str, labels: int) -> LabelledImages:
@@ -111,16 +99,10 @@ def _load(source: str, config: str | None) -> Any:
     except Exception as error:  # the hub client raises many kinds
         if Path(place).is_dir():
             raise StockpotError(
-                f"cannot load the data set {source!r}: {_first_line(error)}. The folder {place} "
+                f"cannot load the data set {source!r}: {first_line(error)}. The folder {place} "
                 "holds no data set (data/*.parquet, say), and no images at train/<label>/ either"
             ) from error
-        mirror = os.environ.get("STOCKPOT_DATA")
-        raise StockpotError(
-            f"cannot load the data set {source!r}: {_first_line(error)}. It was looked for "
-            + (f"under STOCKPOT_DATA={mirror} and " if mirror else "")
-            + "on the hub; without a network, set STOCKPOT_DATA to a folder that holds "
-            f"{source}/data/*.parquet, or give a local folder as stream.path"
-        ) from error
+        raise cannot_load(source, error, "stream.path") from error
 
 
 class _HubImages:
@@ -190,7 +172,7 @@ def _labels(
         answers = torch.tensor(values, dtype=torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise StockpotError(
-            f"{where}: the labels are not all whole numbers ({_first_line(error)})"
+            f"{where}: the labels are not all whole numbers ({first_line(error)})"
         ) from error
     if names is None:
         names = tuple(known) if known and count in (None, len(known)) else None
@@ -214,7 +196,3 @@ def _check_kinds(where: str, column: str, values: Sequence[object]) -> None:
                 f"{where}, row {row}: label {value!r} in column {column!r}; labels are whole "
                 "numbers, or texts, all of one kind"
             )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -162,22 +162,19 @@ def _casehold(row: Row) -> Question:
     return Question(prompt, choices, _number(row, 5))
 
 
-def _tos(row: Row) -> Question:
-    prompt = (
-        f"Clause: {_said(row, 'text')}\n\n"
-        "Is this clause from the terms of an online service potentially unfair to consumers?\n"
-        "Answer (yes or no):"
-    )
+def _yes_or_no(row: Row, said: str, question: str) -> Question:
+    prompt = f"{said}: {_said(row, 'text')}\n\n{question}\nAnswer (yes or no):"
     return Question(prompt, ("no", "yes"), _number(row, 2))
+
+
+def _tos(row: Row) -> Question:
+    question = "Is this clause from the terms of an online service potentially unfair to consumers?"
+    return _yes_or_no(row, "Clause", question)
 
 
 def _overruling(row: Row) -> Question:
-    prompt = (
-        f"Sentence: {_said(row, 'text')}\n\n"
-        "Does this sentence from a court's opinion overrule an earlier decision?\n"
-        "Answer (yes or no):"
-    )
-    return Question(prompt, ("no", "yes"), _number(row, 2))
+    question = "Does this sentence from a court's opinion overrule an earlier decision?"
+    return _yes_or_no(row, "Sentence", question)
 
 
 def _simplification(row: Row) -> tuple[str, str]:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stockpot.errors import StockpotError, nearest
+from stockpot.errors import StockpotError, first_line, nearest
+from stockpot.streams.source import cannot_load, resolve_source
 
 __all__ = ["FILES", "MISSING", "Rows", "is_file", "open_data_set", "read_file", "rows_of_split"]
 
@@ -165,7 +165,7 @@ def _skip(text: str, place: int) -> int:
 def _reason(error: BaseException) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, column {error.colno}"
-    return _first_line(error)
+    return first_line(error)
 
 
 def _table(source: str, text: str, delimiter: str) -> Rows:
@@ -226,7 +226,7 @@ def _parquet(source: str, path: Path) -> Rows:
         table = pyarrow.parquet.ParquetFile(path).read()
     except (OSError, pyarrow.ArrowException) as error:
         raise StockpotError(
-            f"cannot read {source}: not a parquet file ({_first_line(error)})"
+            f"cannot read {source}: not a parquet file ({first_line(error)})"
         ) from error
     return Rows(
         source,
@@ -253,16 +253,14 @@ def open_data_set(source: str, config: str | None = None, option: str = "train")
 
     Args:
         source: a hub id or a folder; an id that ``STOCKPOT_DATA`` holds is read from there.
-        config: which of the data set's configurations; one that a folder does not know is ignored,
-            so that a mirror of only that configuration needs no more than its files.
+        config: which of the data set's configurations; a folder that has but one, without a name,
+            is taken to be it, so that a mirror needs no more than its files.
         option: the setting that ``source`` comes from, for the error.
 
     Raises:
         StockpotError: if it cannot be had.
     """
     import datasets
-
-    from stockpot.streams.hub import resolve_source
 
     place = resolve_source(source)
     try:
@@ -276,13 +274,7 @@ def open_data_set(source: str, config: str | None = None, option: str = "train")
             # Sets that once came as a program: the hub keeps what it gave under this name.
             return datasets.load_dataset(place, data_dir=config, revision="refs/convert/parquet")
     except Exception as error:  # the library raises many kinds
-        mirror = os.environ.get("STOCKPOT_DATA")
-        raise StockpotError(
-            f"cannot load the data set {source!r}: {_first_line(error)}. It was looked for "
-            + (f"under STOCKPOT_DATA={mirror} and " if mirror else "")
-            + "on the hub; without a network, set STOCKPOT_DATA to a folder that holds "
-            f"{source}/data/*.parquet, or give a local folder as {option}"
-        ) from error
+        raise cannot_load(source, error, option) from error
 
 
 def _folder(place: str, config: str | None) -> Any:
@@ -344,7 +336,3 @@ def rows_of_split(
         column,
         lambda row: f"data set {source!r}, split {split!r}, row {row} (the first is 0)",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -247,8 +247,9 @@ class Images(ImageSplit):
         return value
 
     def _files(self) -> tuple[LabelledFiles, LabelledFiles, tuple[str, ...], tuple[str, ...]]:
-        from stockpot.streams.hub import open_hub_images, resolve_source
+        from stockpot.streams.hub import open_hub_images
         from stockpot.streams.image_folder import is_image_folder, open_image_folder
+        from stockpot.streams.source import resolve_source
 
         place = Path(resolve_source(self.path)).expanduser()
         if (place.is_absolute() or self.path.startswith(".")) and not place.is_dir():
