@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from stockpot.methods import Method
 from stockpot.methods.base import short
 from stockpot.streams.data import Stream
 
-__all__ = ["Plan", "Run", "Stage", "make_plan"]
+__all__ = ["Plan", "Run", "Stage", "describe_plan", "make_plan"]
 
 # Raised when the same settings would give other weights than before.
 _ARITHMETIC_VERSION = 1
@@ -76,6 +76,31 @@ class Plan:
         """Optimizer steps when what runs share is trained once."""
         once = {stage.trained: stage.steps for run in self.runs for stage in run.stages}
         return sum(once.values())
+
+
+def describe_plan(plan: Plan, tasks: Sequence[str]) -> dict[str, Any]:
+    """What plan.json holds: enough to read a record while its runs are not finished."""
+    return {
+        "tasks": list(tasks),
+        "runs": [
+            {
+                "run": run.id,
+                "method": run.method.name,
+                "settings": run.method.settings(),
+                "label": run.label,
+                "seed": run.seed,
+                "stages": [
+                    {
+                        "tasks": [tasks[task] for task in stage.tasks],
+                        "row": stage.row,
+                        "steps": stage.steps,
+                    }
+                    for stage in run.stages
+                ],
+            }
+            for run in plan.runs
+        ],
+    }
 
 
 def make_plan(experiment: Experiment, stream: Stream, share: bool = True) -> Plan:

@@ -104,6 +104,10 @@ class Record:
         write_json(self.folder / "environment.json", environment)
         write_text(self.folder / "experiment.yaml", experiment.to_yaml())
 
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        """Say which runs there will be, so that the folder can be read before they are finished."""
+        write_json(self.folder / "plan.json", plan)
+
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Make the folder and keep other processes out of it.

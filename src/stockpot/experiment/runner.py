@@ -25,7 +25,7 @@ from stockpot.evaluation.tasks import Evaluator, needs_programs
 from stockpot.experiment.config import Experiment
 from stockpot.experiment.environment import describe_environment
 from stockpot.experiment.observer import Observer
-from stockpot.experiment.plan import Plan, Run, Stage, make_plan
+from stockpot.experiment.plan import Plan, Run, Stage, describe_plan, make_plan
 from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
 from stockpot.experiment.summary import write_summary
@@ -159,10 +159,12 @@ class _Runner:
         self.record.open(
             self.experiment, self.plan.data, environment, planned, self.evaluator.skipped
         )
+        names = tuple(task.name for task in self.stream.tasks)
+        self.record.write_plan(describe_plan(self.plan, names))
         # The trainer collects garbage at every task; what is alive now need not be searched.
         gc.collect()
         gc.freeze()
-        self.observer.experiment_begins(self.plan, tuple(t.name for t in self.stream.tasks))
+        self.observer.experiment_begins(self.plan, names)
         failures: dict[str, str] = {}
         said: float | None = None
         try:
