@@ -1,35 +1,123 @@
-"""``stockpot report``: table, figures and page of a run folder, finished or not."""
+"""``stockpot report``: tables, figures and page of run folders, finished or not."""
 
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from stockpot.report.pooling import Pool
+
 __all__ = ["report"]
+
+_LOGS = ("trained", "merges", "curves", "lines", "planned_stages")
+"""What the record holds line by line; too much for a summary."""
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="A run folder that `stockpot run` wrote.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="Run folders that `stockpot run` wrote, or folders that hold some. Those that "
+            "differ only in methods, seeds or task order are reported as one experiment.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for report.html, tables and figures. Default: the run folder; for several "
+            "[bold]report[/].",
+        ),
+    ] = None,
+    watch: Annotated[
+        float | None,
+        typer.Option(
+            "--watch",
+            min=1,
+            metavar="SECONDS",
+            help="Make it again every so many seconds until all runs are finished; an open page "
+            "reloads itself.",
+        ),
+    ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON on stdout.")
+        bool, typer.Option("--json", help="Print what the report shows as JSON on stdout.")
     ] = False,
 ) -> None:
-    """Write the tables, figures and report.html of a run folder again, and print the table."""
+    """Write report.html, one file that opens offline, with tables and figures of experiments.
+
+    Works while they run, and from damaged records: what is missing is said.
+    """
     from rich.console import Console
+
+    from stockpot.cli.output import complain, waiting
+    from stockpot.report.write import read_pools, write_report
+
+    console = Console(stderr=True)
+    if watch is not None:
+        _watch(folders, output, watch, console)
+    with waiting(console, "drawing the figures"):
+        page = write_report(folders, output)
+        pools = read_pools(folders)
+    if as_json:
+        document = {"report": str(page), "experiments": [_as_json(pool) for pool in pools]}
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        _print(pools, page, console)
+    for pool in pools:
+        for gap in pool.gaps:
+            complain(gap, head=f"note: {pool.name}" if len(pools) > 1 else "note")
+
+
+def _print(pools: list[Pool], page: Path, console: Console) -> None:
     from rich.markup import escape
 
     from stockpot.cli.table import print_results
-    from stockpot.report.write import read_summary, write_report
 
-    console = Console(stderr=True)
-    with console.status("drawing the figures"):
-        page = write_report(folder)
-    summary = read_summary(folder)
-    if as_json:
-        typer.echo(json.dumps(summary, indent=2))
-        return
-    print_results(summary)
-    console.print(f"Report: [bold]{escape(str(page))}[/]")
+    for pool in pools:
+        if len(pools) > 1:
+            console.print(f"\n[bold]{escape(pool.name)}[/]", highlight=False)
+        print_results(pool.finished)
+        left = pool.planned - len(pool.finished)
+        if left:
+            console.print(f"{left} of {pool.planned} runs are not finished.", highlight=False)
+    console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
+
+
+def _watch(folders: list[Path], output: Path | None, seconds: float, console: Console) -> None:
+    """Make the page again and again; return when all runs are finished."""
+    from stockpot.report.write import read_pools, write_report
+
+    told = False
+    while True:
+        pools = read_pools(folders)
+        if all(len(pool.finished) >= pool.planned for pool in pools):
+            return
+        page = write_report(folders, output, refresh=max(1, round(seconds)))
+        if not told:
+            told = True
+            console.print(f"{page} is made again every {seconds:g} s; Ctrl-C stops.")
+        time.sleep(seconds)
+
+
+def _as_json(pool: Pool) -> dict[str, Any]:
+    from stockpot.report.findings import headline
+
+    return {
+        "name": pool.name,
+        "folders": [str(record.folder) for record in pool.records],
+        "task_orders": pool.orders,
+        "planned": pool.planned,
+        "finished": len(pool.finished),
+        "answer": headline(pool.groups),
+        "gaps": pool.gaps,
+        "runs": [{k: v for k, v in run.items() if k not in _LOGS} for run in pool.runs],
+    }

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stockpot.report.table import Group, measure_of, method_title
+from stockpot.report.table import Group, Interval, Measure, measure_of, method_title
 
 __all__ = ["headline"]
 
 # What needs all tasks at once, or old data, is a yardstick and not a competitor of the others.
 _YARDSTICKS = ("multitask", "rehearsal")
 
+_SAME_TIME = 0.1
+"""Times within a tenth of each other are called the same: machines are not steadier."""
+
+Ranked = tuple[Interval, Group]
+
 
 def headline(groups: Sequence[Group]) -> str:
-    """Which method and setting keeps most, how that compares, and what cannot be concluded."""
+    """Which method and setting keeps most at what price, and what cannot be concluded."""
     if not groups:
         return ""
     measure = measure_of(groups[0].runs)
@@ -32,20 +37,49 @@ def headline(groups: Sequence[Group]) -> str:
     sequential = next((pair for pair in ranked if pair[1].method == "sequential"), None)
     if sequential and best.method != "sequential":
         first += f", against {measure.text(sequential[0])} for sequential fine-tuning"
+        first += _price(best, sequential[1])
     first += "."
     picked = " Settings were picked on these same scores."
     if len(free) == len({group.method for _, group in free}):
         picked = ""
     if not free[1:]:
         return first
+    return first + _rival(free, measure) + picked
+
+
+def _rival(free: Sequence[Ranked], measure: Measure) -> str:
+    """The second sentence: who is next, and whether that is decided."""
+    best_score, best = free[0]
     others = [pair for pair in free if pair[1].method != best.method]
     rival_score, rival = (others or free[1:])[0]
     kind = "method" if others else "setting"
     second = f" The next {kind} is {method_title(rival)} with {measure.text(rival_score)}"
     if best_score.half_width is None or rival_score.half_width is None:
-        second += "; with one seed, no difference can be called real."
-    elif abs(best_score.mean - rival_score.mean) > best_score.half_width + rival_score.half_width:
-        second += "; the intervals do not overlap."
-    else:
-        second += "; the intervals overlap, so this does not say which of the two is better."
-    return first + second + picked
+        return second + "; with one seed, no difference can be called real."
+    if abs(best_score.mean - rival_score.mean) > best_score.half_width + rival_score.half_width:
+        return second + "; the intervals do not overlap."
+    return second + "; the intervals overlap, so this does not say which of the two is better."
+
+
+def _price(best: Group, sequential: Group) -> str:
+    """``, for 1.2 times its training time and 0.2 MB kept between tasks``; nothing if unknown."""
+    parts = []
+    spent, base = best.metric("seconds"), sequential.metric("seconds")
+    if spent and base and base.mean > 0:
+        ratio = spent.mean / base.mean
+        same = abs(ratio - 1) < _SAME_TIME
+        parts.append("about its training time" if same else f"{ratio:.2g} times its training time")
+    stored = best.metric("stored_bytes")
+    if stored:
+        parts.append(f"{size_text(stored.mean)} kept between tasks" if stored.mean else "no storage")
+    return f", for {' and '.join(parts)}" if parts else ""
+
+
+def size_text(size: float) -> str:
+    """``3.2 MB``: bytes with a decimal unit."""
+    value, unit = size, "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.3g} {unit}"

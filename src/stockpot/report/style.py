@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 __all__ = [
+    "DARK_COLOURS",
     "METHOD_COLOURS",
     "METHOD_MARKERS",
     "METHOD_TITLES",
     "colour",
+    "dark_colour",
     "literal",
     "marker",
+    "symbol",
     "title",
 ]
 
-# Okabe and Ito (2008), distinguishable with every common colour vision deficiency; methods that
-# share a colour differ in their marker and are rarely drawn as curves together.
+# Okabe and Ito (2008) and four more, distinguishable with every common colour vision deficiency;
+# methods differ in their marker too.
 METHOD_COLOURS = {
     "sfa": "#D55E00",
     "wise-ft": "#E69F00",
     "l2": "#009E73",
-    "l1": "#999999",
+    "l1": "#745774",
     "ewc": "#0072B2",
     "rehearsal": "#CC79A7",
     "task-arithmetic": "#56B4E9",
     "ties": "#4B0082",
-    "fisher-merging": "#8C6D31",
-    "sequential": "#B22222",
+    "fisher-merging": "#928546",
+    "sequential": "#881225",
     "multitask": "#000000",
+}
+# The same on a dark page, each with a contrast of 3 or more against it.
+DARK_COLOURS = {
+    "sfa": "#F0701A",
+    "wise-ft": "#EDE243",
+    "l2": "#2BA67D",
+    "l1": "#63788C",
+    "ewc": "#3F7CC4",
+    "rehearsal": "#CBBBCC",
+    "task-arithmetic": "#56B4E9",
+    "ties": "#9346E8",
+    "fisher-merging": "#DFA967",
+    "sequential": "#B74737",
+    "multitask": "#FFFFFF",
 }
 METHOD_MARKERS = {
     "sfa": "o",
@@ -39,6 +56,20 @@ METHOD_MARKERS = {
     "fisher-merging": "<",
     "sequential": "X",
     "multitask": "*",
+}
+# Plotly's names of the same markers.
+_SYMBOLS = {
+    "o": "circle",
+    "h": "hexagon",
+    "s": "square",
+    "p": "pentagon",
+    "^": "triangle-up",
+    "D": "diamond",
+    "P": "cross",
+    "v": "triangle-down",
+    "<": "triangle-left",
+    "X": "x",
+    "*": "star",
 }
 METHOD_TITLES = {
     "sfa": "SFA",
@@ -58,6 +89,16 @@ METHOD_TITLES = {
 def colour(method: str) -> str:
     """The method's colour."""
     return METHOD_COLOURS.get(method, "#444444")
+
+
+def dark_colour(method: str) -> str:
+    """The method's colour on a dark page."""
+    return DARK_COLOURS.get(method, "#AAAAAA")
+
+
+def symbol(method: str) -> str:
+    """The method's marker on the page."""
+    return _SYMBOLS[marker(method)]
 
 
 def marker(method: str) -> str:

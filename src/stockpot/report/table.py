@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -17,12 +18,22 @@ __all__ = [
     "Interval",
     "Measure",
     "group_runs",
+    "benchmark_columns",
     "measure_of",
     "result_columns",
+    "t_quantile",
     "task_columns",
     "to_csv",
     "to_markdown",
 ]
+
+
+@functools.cache
+def t_quantile(n: int) -> float:
+    """t(0.975, n - 1): with it a mean of n has a 95 % interval."""
+    from scipy.stats import t
+
+    return float(t.ppf(0.975, n - 1))
 
 
 @dataclass(frozen=True)
@@ -43,10 +54,8 @@ class Interval:
         mean = math.fsum(known) / n
         if n == 1:
             return cls(mean, None, 1)
-        from scipy.stats import t
-
         deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in known) / (n - 1))
-        return cls(mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n), n)
+        return cls(mean, t_quantile(n) * deviation / math.sqrt(n), n)
 
 
 @dataclass(frozen=True)
@@ -62,20 +71,25 @@ class Group:
         """A metric over the seeds."""
         return Interval.of([run["metrics"].get(name) for run in self.runs])
 
-    def final(self, task: int) -> Interval | None:
-        """The last score on a task over the seeds."""
-        return Interval.of([run["R"][-1][task] for run in self.runs])
+    def final(self, task: str) -> Interval | None:
+        """The last score on a task over the seeds and task orders."""
+        return Interval.of([run["R"][-1][run["tasks"].index(task)] for run in self.runs])
 
     def matrix(self) -> list[list[float | None]]:
-        """R, averaged over the seeds."""
+        """R, averaged over the seeds of the first run's task order."""
         size = len(self.runs[0]["R"])
+        alike = [run["R"] for run in self.runs if run["tasks"] == self.runs[0]["tasks"]]
         rows: list[list[float | None]] = []
         for t in range(size):
-            row = [run["R"][t] for run in self.runs]
-            if any(r is None for r in row):
-                rows.append([None] * size)
-            else:
-                rows.append([math.fsum(r[i] for r in row) / len(row) for i in range(size)])
+            row = [R[t] for R in alike if R[t] is not None]
+            cells = [[r[i] for r in row] for i in range(size)]
+            complete = len(row) == len(alike)
+            rows.append(
+                [
+                    math.fsum(cell) / len(cell) if complete and None not in cell else None
+                    for cell in cells
+                ]
+            )
         return rows
 
 
@@ -140,6 +154,8 @@ class Column:
     value: Callable[[Group], Interval | None]
     scale: float = 1.0
     digits: int = 1
+    better: str = ""
+    """``higher``, ``lower``, or nothing where neither is."""
 
     def text(self, group: Group) -> str:
         """``81.2 ±2.0``, or a hyphen where there is no such number."""
@@ -154,43 +170,103 @@ class Column:
         return f"{mean} ±{interval.half_width * self.scale:.{self.digits}f}"
 
 
-def _metric(key: str, title: str, unit: str, scale: float = 1.0, digits: int = 1) -> Column:
-    return Column(key, title, unit, lambda group: group.metric(key), scale, digits)
+def _metric(
+    key: str, title: str, unit: str, scale: float = 1.0, digits: int = 1, better: str = "lower"
+) -> Column:
+    return Column(key, title, unit, lambda group: group.metric(key), scale, digits, better)
 
 
 def result_columns(groups: Sequence[Group]) -> tuple[Column, ...]:
     """The columns after those of the single tasks."""
     m = measure_of(groups[0].runs)
     gains = (m.difference, m.scale, m.digits)
-    return (
-        _metric("average", "average", m.unit, m.scale, m.digits),
+    columns = (
+        _metric("average", "average", m.unit, m.scale, m.digits, m.better),
         _metric("forgetting", "forgotten since learned", *gains),
         _metric("forgetting_vs_best", "forgotten since best", *gains),
-        _metric("bwt", "BWT", *gains),
-        _metric("fwt", "FWT", *gains),
-        _metric("l2_to_anchor", "L2 to anchor", "", 1, 2),
-        _metric("kl_from_anchor", "KL from anchor", "nats", 1, 3),
+        _metric("bwt", "BWT", *gains, "higher"),
+        _metric("fwt", "FWT", *gains, "higher"),
+        _metric("l2_to_anchor", "L2 to anchor", "", 1, 2, ""),
+        _metric("kl_from_anchor", "KL from anchor", "nats", 1, 3, ""),
         _metric("seconds", "time", "s", 1, 1),
         _metric("peak_memory", "peak memory", "MB", 1e-6, 0),
     )
+    # Records of earlier versions do not say what a method stores and passes through once more.
+    return columns + tuple(
+        column
+        for column in (
+            _metric("stored_bytes", "stored", "MB", 1e-6, 2),
+            Column("extra_share", "extra passes", "%", _extra_share, 100.0, 1, "lower"),
+        )
+        if any(column.value(group) is not None for group in groups)
+    )
+
+
+def _extra_share(group: Group) -> Interval | None:
+    """Examples passed forward and backward beyond training, as a share of those trained on."""
+    shares = []
+    for run in group.runs:
+        extra = run["metrics"].get("extra_examples")
+        trained = run["metrics"].get("trained_examples")
+        shares.append(extra / trained if extra is not None and trained else None)
+    return Interval.of(shares)
+
+
+def benchmark_columns(groups: Sequence[Group]) -> tuple[Column, ...]:
+    """One column per task and metric of the last scores, as the paper's tables have them.
+
+    None where each task has one score alone, which the table of results shows.
+    """
+    lines = [line for group in groups for run in group.runs for line in run.get("scores", ())]
+    keys = dict.fromkeys((s["task"], s["evaluation"], s["metric"]) for s in lines)
+    if len(keys) <= len({task for task, _, _ in keys}):
+        return ()
+    better = {(s["task"], s["evaluation"], s["metric"]): s.get("better", "") for s in lines}
+    return tuple(_benchmark(*key, better[key]) for key in keys)
+
+
+def _benchmark(task: str, evaluation: str, metric: str, better: str) -> Column:
+    def value(group: Group) -> Interval | None:
+        return Interval.of(
+            [
+                next(
+                    (
+                        line["value"]
+                        for line in run.get("scores", ())
+                        if (line["task"], line["evaluation"], line["metric"])
+                        == (task, evaluation, metric)
+                    ),
+                    None,
+                )
+                for run in group.runs
+            ]
+        )
+
+    own = metric if evaluation == "test" else f"{evaluation} {metric}"
+    nats = metric in ("loss", "bits_per_byte", "perplexity") or better == "lower"
+    unit, scale, digits = ("nats" if metric == "loss" else "", 1.0, 3) if nats else ("%", 100.0, 1)
+    key = f"{task}.{evaluation}.{metric}"
+    return Column(key, f"{task}: {own}", unit, value, scale, digits, better)
 
 
 def task_columns(groups: Sequence[Group], tasks: Sequence[str]) -> tuple[Column, ...]:
     """One column per task: its score at the end of the stream."""
     m = measure_of(groups[0].runs)
 
-    def final_of(number: int) -> Callable[[Group], Interval | None]:
-        return lambda group: group.final(number)
+    def final_of(task: str) -> Callable[[Group], Interval | None]:
+        return lambda group: group.final(task)
 
     return tuple(
-        Column(f"final.{task}", task, m.unit, final_of(number), m.scale, m.digits)
-        for number, task in enumerate(tasks)
+        Column(f"final.{task}", task, m.unit, final_of(task), m.scale, m.digits, m.better)
+        for task in tasks
     )
 
 
-def to_markdown(groups: Sequence[Group], tasks: Sequence[str]) -> str:
-    """The whole table in Markdown."""
-    columns = (*task_columns(groups, tasks), *result_columns(groups))
+def to_markdown(
+    groups: Sequence[Group], tasks: Sequence[str], columns: Sequence[Column] = ()
+) -> str:
+    """The whole table in Markdown, or some of its columns."""
+    columns = columns or (*task_columns(groups, tasks), *result_columns(groups))
     head = ["method", *(f"{c.title} ({c.unit})" if c.unit else c.title for c in columns)]
     rows = [[group.label, *(c.text(group) for c in columns)] for group in groups]
     lines = [_row(head), "|---|" + "---:|" * len(columns), *map(_row, rows)]
@@ -202,9 +278,9 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(plain) + " |"
 
 
-def to_csv(groups: Sequence[Group], tasks: Sequence[str]) -> str:
+def to_csv(groups: Sequence[Group], tasks: Sequence[str], columns: Sequence[Column] = ()) -> str:
     """The whole table with plain numbers, a mean and a half width per column."""
-    columns = (*task_columns(groups, tasks), *result_columns(groups))
+    columns = columns or (*task_columns(groups, tasks), *result_columns(groups))
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(

@@ -1,134 +1,148 @@
-"""From a run folder to its table, figures and page."""
+"""From run folders to their tables, figures and page."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from stockpot.errors import DamagedRecordError, StockpotError
-from stockpot.files import read_json, read_text, space_errors, write_text
+from stockpot import __version__
+from stockpot.errors import StockpotError
+from stockpot.files import space_errors, write_text
+from stockpot.report.document import describe_pool
 from stockpot.report.figures import accuracy_matrices, save_figure, trade_off_plane
-from stockpot.report.findings import headline
-from stockpot.report.table import (
-    Group,
-    group_runs,
-    result_columns,
-    task_columns,
-    to_csv,
-    to_markdown,
-)
+from stockpot.report.latex import to_latex
+from stockpot.report.pooling import Pool, pool_records
+from stockpot.report.reading import experiment_folders, read_record
+from stockpot.report.table import Group, result_columns, task_columns, to_csv, to_markdown
 
-__all__ = ["read_summary", "write_report"]
+__all__ = ["read_pools", "write_report"]
+
+_SCRIPTS = ("base.js", "figures.js", "plane.js", "stream.js", "tables.js", "main.js")
 
 
-def write_report(folder: Path) -> Path:
-    """Write ``results.md``, ``results.csv``, ``figures/`` and ``report.html`` from the record.
+def read_pools(folders: Sequence[Path]) -> list[Pool]:
+    """The experiments in ``folders``; those that belong together are one.
+
+    Raises:
+        StockpotError: if a folder is no run folder, or there is no score in any of them.
+    """
+    found = experiment_folders(folders)
+    pools = pool_records([read_record(folder) for folder in found])
+    if not any(row for pool in pools for run in pool.runs for row in run["R"]):
+        where = found[0] if len(found) == 1 else f"{found[0]} and {len(found) - 1} more folders"
+        gaps = [gap for pool in pools for gap in pool.gaps][:3]
+        raise StockpotError(
+            f"{where}: no task of any run is trained and scored yet, so there is nothing to report"
+            + (f" ({'; '.join(gaps)})" if gaps else "")
+        )
+    return pools
+
+
+def write_report(
+    folders: Path | Sequence[Path], output: Path | None = None, refresh: int | None = None
+) -> Path:
+    """Write ``report.html`` and, of each experiment, its tables and figures, from the record.
+
+    Args:
+        folders: run folders, finished or not, or folders that hold some.
+        output: the folder to write to; default: the run folder, or ``report`` for several.
+        refresh: seconds after which an open page loads itself again; None: never.
 
     Returns:
         The page's path.
 
     Raises:
-        StockpotError: if the folder holds no finished run.
-        DamagedRecordError: if a file that is needed is missing or damaged.
+        StockpotError: if a folder is no run folder, or there is nothing to report yet.
     """
-    if not (folder / "summary.json").exists():
-        raise StockpotError(
-            f"{folder} holds no summary.json: it is no run folder, or no run of it is finished yet"
-        )
-    summary = read_summary(folder)
-    if not summary:
-        raise StockpotError(f"no run in {folder} is finished yet; there is nothing to report")
-    groups = group_runs(summary)
-    tasks = summary[0]["tasks"]
-    write_text(folder / "results.md", to_markdown(groups, tasks))
-    write_text(folder / "results.csv", to_csv(groups, tasks))
+    given = [folders] if isinstance(folders, Path) else list(folders)
+    pools = read_pools(given)
+    if output is None:
+        single = len(pools) == 1 and len(pools[0].records) == 1
+        output = pools[0].records[0].folder if single else Path("report")
+    with space_errors(output):
+        output.mkdir(parents=True, exist_ok=True)
+    for number, pool in enumerate(pools, 1):
+        _write_tables(pool, output if len(pools) == 1 else output / f"experiment-{number}")
+    page = output / "report.html"
+    described = [describe_pool(pool) for pool in pools]
+    write_text(page, render_page(described, _last_change(pools), refresh))
+    return page
+
+
+def _write_tables(pool: Pool, folder: Path) -> None:
+    """``results.md``, ``.csv``, ``.tex`` and ``figures/`` of what is finished."""
+    groups, tasks = pool.groups, pool.tasks
+    if not groups:
+        return
     drawn = folder / "figures"
     with space_errors(drawn):
-        drawn.mkdir(exist_ok=True)
-    figures = []
-    seeds = max(len(group.runs) for group in groups)
+        drawn.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "results.md", to_markdown(groups, tasks))
+    write_text(folder / "results.csv", to_csv(groups, tasks))
+    columns = (*task_columns(groups, tasks), *result_columns(groups))
+    write_text(folder / "results.tex", to_latex(groups, columns, tasks))
+    _draw(groups, tasks, drawn)
+
+
+def _draw(groups: Sequence[Group], tasks: Sequence[str], folder: Path) -> None:
     if len(tasks) > 1:
-        save_figure(trade_off_plane(groups, tasks), drawn, "plane")
-        caption = (
-            "Each point is a method at one setting, mean over seeds; bars are 95 % intervals. "
-            "Further up: less forgotten. Further right: more learned. Numbers on a curve are the "
-            "values of the setting it runs along."
-        )
-        figures.append(("Kept against learned", "plane", caption))
-    save_figure(accuracy_matrices(groups, tasks), drawn, "accuracy_matrix")
-    caption = (
-        "Rows: after training through that task. Columns: the task scored. Each method at the "
-        "setting with its best average, chosen on the scores shown."
-    )
-    figures.append(("Score matrices", "accuracy_matrix", caption))
-    page = _page(folder, summary, groups, tasks, figures, seeds)
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
+        save_figure(trade_off_plane(groups, tasks), folder, "plane")
+    save_figure(accuracy_matrices(groups, tasks), folder, "accuracy_matrix")
 
 
-def read_summary(folder: Path) -> list[dict[str, Any]]:
-    """The finished runs of a run folder.
-
-    Raises:
-        DamagedRecordError: if summary.json is not what this program writes.
-    """
-    path = folder / "summary.json"
-    summary = read_json(path)
-    needed = {"method", "label", "settings", "seed", "tasks", "R", "b", "metrics"}
-    if not isinstance(summary, list) or any(
-        not isinstance(run, dict) or not needed <= run.keys() for run in summary
-    ):
-        raise DamagedRecordError(
-            f"{path} is damaged: it is no list of runs, each with {', '.join(sorted(needed))}. The "
-            "`stockpot run` that made the folder writes it again"
-        )
-    return summary
+def _last_change(pools: Sequence[Pool]) -> str:
+    """When the records were last written to."""
+    logs = [
+        path
+        for pool in pools
+        for record in pool.records
+        for name in ("scores.jsonl", "stages.jsonl", "summary.json", "experiment.json")
+        if (path := record.folder / name).exists()
+    ]
+    latest = max((path.stat().st_mtime for path in logs), default=0.0)
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(latest))
 
 
-def _page(
-    folder: Path,
-    summary: Sequence[dict[str, Any]],
-    groups: Sequence[Group],
-    tasks: Sequence[str],
-    figures: Sequence[tuple[str, str, str]],
-    seeds: int,
+def render_page(
+    experiments: Sequence[dict[str, Any]], made: str, refresh: int | None = None
 ) -> str:
+    """The whole page: one file that needs nothing else.
+
+    Args:
+        experiments: as :func:`describe_pool` gives them.
+        made: when the records were last written to.
+        refresh: seconds after which an open page loads itself again.
+    """
     from jinja2 import Environment, PackageLoader, select_autoescape
     from markupsafe import Markup
 
-    held = read_json(folder / "experiment.json")
-    columns = (*task_columns(groups, tasks), *result_columns(groups))
+    folder = files("stockpot.report").joinpath("page")
+
+    def part(name: str) -> Markup:
+        return Markup(folder.joinpath(name).read_text(encoding="utf-8"))
+
     template = Environment(
-        loader=PackageLoader("stockpot.report", "."), autoescape=select_autoescape(default=True)
+        loader=PackageLoader("stockpot.report", "page"), autoescape=select_autoescape(default=True)
     ).get_template("page.html.jinja")
+    names = [experiment["name"] for experiment in experiments]
     return template.render(
-        name=held["name"],
-        stream=f"{held['stream']['name']}, {held['stream'].get('split', '')}".rstrip(", "),
-        scenario=held["stream"].get("scenario", ""),
-        model=held["model"].get("id") or held["model"].get("factory") or held["model"]["name"],
-        tasks=tasks,
-        seeds=seeds,
-        runs=len(summary),
-        planned=held.get("planned", len(summary)),
-        answer=headline(groups),
-        figures=[
-            {
-                "title": name,
-                "svg": Markup(_svg(folder / "figures" / f"{file}.svg")),
-                "caption": text,
-            }
-            for name, file, text in figures
-        ],
-        columns=columns,
-        rows=[[group.label, *(column.text(group) for column in columns)] for group in groups],
-        environment=json.dumps(read_json(folder / "environment.json"), indent=2),
-        experiment=read_text(folder / "experiment.yaml"),
+        title=names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more",
+        style=part("page.css"),
+        refresh=refresh,
+        plotly=part("plotly-cartesian.min.js"),
+        scripts=[part(name) for name in _SCRIPTS],
+        data=Markup(
+            _inline_json({"experiments": experiments, "made": made, "version": __version__})
+        ),
+        plain=[table["md"] for experiment in experiments for table in experiment["tables"]],
     )
 
 
-def _svg(path: Path) -> str:
-    """An SVG's element, without the document's head."""
-    text = path.read_text(encoding="utf-8")
-    return text[text.index("<svg") :]
+def _inline_json(value: Any) -> str:
+    """JSON that may stand in a script element, whatever names it holds."""
+    text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
