@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,10 +78,13 @@ class Plan:
         return sum(once.values())
 
 
-def describe_plan(plan: Plan, tasks: Sequence[str]) -> dict[str, Any]:
+def describe_plan(plan: Plan, stream: Stream) -> dict[str, Any]:
     """What plan.json holds: enough to read a record while its runs are not finished."""
+    tasks = [task.name for task in stream.tasks]
     return {
-        "tasks": list(tasks),
+        "stream": stream.name,
+        "scenario": stream.scenario,
+        "tasks": tasks,
         "runs": [
             {
                 "run": run.id,

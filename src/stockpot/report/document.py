@@ -284,7 +284,9 @@ def _line(run: dict[str, Any]) -> list[list[Any]]:
             key = (int(line["stage"]), tasks[line["task"]], str(line["metric"]))
             point = [_short(line["alpha"]), _short(line["value"], _CURVE_DIGITS)]
             found.setdefault(key, []).append(point)
-    return [[*key, sorted(points, key=lambda p: p[0] or 0)] for key, points in sorted(found.items())]
+    return [
+        [*key, sorted(points, key=lambda p: p[0] or 0)] for key, points in sorted(found.items())
+    ]
 
 
 def _column(column: Column) -> dict[str, Any]:
@@ -298,7 +300,7 @@ def _tables(
     """The tables as the reader takes them away, and the cells of the second one."""
     if not done:
         return []
-    tables = [
+    tables: list[dict[str, Any]] = [
         {
             "name": "results",
             "csv": to_csv(done, tasks),
@@ -347,18 +349,19 @@ def single_task_scores(pool: Pool) -> dict[str, dict[str, Any]]:
 
 def _alone(run: dict[str, Any]) -> list[str]:
     """The tasks that a row of this run's R shows trained alone."""
-    tasks, settings = run["tasks"], run["settings"]
+    tasks: list[str] = run["tasks"]
+    settings: dict[str, Any] = run["settings"]
     if run["method"] == "sequential":
         return tasks[:1]
     if run["method"] == "multitask":
         out = {name.strip() for name in str(settings.get("without") or "").split(",")}
         left = [task for task in tasks if task not in out]
         return left if len(left) == 1 < len(tasks) else []
-    weights = settings.get("weights")
-    if run["method"] == "task-arithmetic" and isinstance(weights, list):
-        if sorted(weights) == [0] * (len(tasks) - 1) + [1] and len(weights) == len(tasks):
-            return [tasks[weights.index(1)]]
-    return []
+    weights: Any = settings.get("weights")
+    if run["method"] != "task-arithmetic" or not isinstance(weights, list):
+        return []
+    one_hot = weights.count(1) == 1 and weights.count(0) == len(tasks) - 1 == len(weights) - 1
+    return [tasks[weights.index(1)]] if one_hot else []
 
 
 def _movement(groups: Sequence[Group]) -> dict[str, Any]:

@@ -71,7 +71,9 @@ def _price(best: Group, sequential: Group) -> str:
         parts.append("about its training time" if same else f"{ratio:.2g} times its training time")
     stored = best.metric("stored_bytes")
     if stored:
-        parts.append(f"{size_text(stored.mean)} kept between tasks" if stored.mean else "no storage")
+        parts.append(
+            f"{size_text(stored.mean)} kept between tasks" if stored.mean else "no storage"
+        )
     return f", for {' and '.join(parts)}" if parts else ""
 
 

@@ -74,8 +74,8 @@ def experiment_folders(paths: Sequence[Path]) -> list[Path]:
         inside = [path] if _is_record(path) else sorted(p for p in path.iterdir() if _is_record(p))
         if not inside:
             raise StockpotError(
-                f"{path} is no run folder (it has neither experiment.json nor scores.jsonl), and no "
-                "folder in it is one"
+                f"{path} is no run folder (it has neither experiment.json nor scores.jsonl), and "
+                "no folder in it is one"
             )
         for folder in inside:
             found.setdefault(folder.resolve(), folder)
@@ -299,7 +299,7 @@ def _fill(
     stages = sorted(own["stages"], key=lambda line: line["stage"])
     metrics = {line.get("metric") for line in scores}
     better = next((line.get("better", "higher") for line in scores), (held or {}).get("better"))
-    last = [line for line in own["scores"] if line.get("trained") == (tasks or [None])[-1]]
+    last = [line for line in own["scores"] if [line.get("trained")] == list(tasks[-1:])]
     run.update(
         {
             "tasks": list(tasks),
@@ -308,7 +308,7 @@ def _fill(
             "R": R,
             "b": b if b is not None and None not in b else None,
             "finished": bool(R) and R[-1] is not None and None not in R[-1],
-            "planned_stages": run.get("stages") or [],
+            "planned_stages": run.pop("stages", None) or [],
             "scores": [line for line in last if "evaluation" in line],
             "trained": stages,
             "merges": own["merges"],

@@ -73,7 +73,7 @@
         type: "scatter", mode: "markers+text", x: own.map((p) => p.x.mean * s), y: own.map((p) => p.y.mean * s), name: page.now.methods[method].title, meta: { method, points: own.length },
         error_x: spread("x"), error_y: spread("y"),
         text: own.map((p) => labels.get(p.group) || ""), textposition: "top right", textfont: { size: 10.5, color: colour(method) }, cliponaxis: false,
-        marker: { color: colour(method), symbol: symbol(method), size: method === "multitask" ? 16 : 10, line: { color: css("--card"), width: 1 } },
+        marker: { color: colour(method), symbol: own.map((p) => symbol(method) + (page.now.groups[p.group]["left out"] ? "-open" : "")), size: method === "multitask" ? 16 : 10, line: { color: css("--card"), width: 1 } },
         hovertemplate: own.map((p) => `${hover(p.group, [`across: ${intervalText(p.x, m)}`, `up: ${intervalText(p.y, m)}`, `${p.x.n} run${p.x.n > 1 ? "s" : ""} (seed ${p.runs.map((r) => r.seed).join(", ")})`])}<extra></extra>`),
       };
     }).filter(Boolean);
