@@ -46,6 +46,7 @@ def test_files_of_a_finished_record(made):
         "experiment.yaml",
         "merges.jsonl",
         "scores.jsonl",
+        "plan.json",
         "start.json",
         "stages.jsonl",
         "summary.json",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = ["EvaluationSettings", "Programs"]
 
@@ -55,6 +55,15 @@ class EvaluationSettings(BaseModel):
         description="examples of the new task to take the forward KL divergence from the anchor "
         "on, after each task; 0: do not",
     )
+    line: int = Field(
+        0,
+        ge=0,
+        description="points on the straight line from the anchor to the deployed weights at which "
+        "every task's held-out loss is taken, after each task; at least 3; 0: do not",
+    )
+    line_limit: int | None = Field(
+        200, ge=1, description="examples per task for the points of the line; null: all"
+    )
     max_new_tokens: int = Field(
         512, ge=1, description="the longest generated answer, in tokens (GSM8K, HumanEval)"
     )
@@ -76,6 +85,16 @@ class EvaluationSettings(BaseModel):
     lm_eval_shots: int | None = Field(
         None, ge=0, description="solved examples in front of each; null: as the task says"
     )
+
+    @field_validator("line")
+    @classmethod
+    def _both_ends_and_between(cls, line: int) -> int:
+        if 0 < line < 3:
+            raise ValueError(
+                f"line = {line}: a line needs at least 3 points, its ends and one between; 0 "
+                "leaves it out"
+            )
+        return line
 
     @model_validator(mode="after")
     def _k_within_samples(self) -> Self:

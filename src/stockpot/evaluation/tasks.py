@@ -83,13 +83,14 @@ class Evaluator:
         """Accuracy on images; on text the loss. Of at most ``limit`` examples, the first."""
         if limit is not None and limit < len(data):
             data = data.subset(torch.arange(limit))
-        size = self.batch_size(learner)
+        size, watched = self.batch_size(learner), partial(self.progress, what)
+        watched(0, len(data))
         with self._precision():
             if isinstance(learner, ImageLearner):
-                return accuracy(learner, data, size, self.device)
+                return accuracy(learner, data, size, self.device, watched)
             from stockpot.evaluation.language import held_out_loss
 
-            return held_out_loss(learner, data, size, self.device, partial(self.progress, what))
+            return held_out_loss(learner, data, size, self.device, watched)
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Autocast, if the settings ask for it."""

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["Record"]
 
 _STAGES = "stages"
-_OPTIONAL = ("merges", "curves")
-"""Logs that a record need not have: nothing was averaged, no scores were taken in training."""
+_OPTIONAL = ("merges", "curves", "lines")
+"""Logs that a record need not have: nothing was averaged, or this was not asked for."""
 _HASH_AT_START = 64 * 2**20
 
 
@@ -143,9 +143,12 @@ class Record:
         if not isinstance(held, dict):
             raise DamagedRecordError(f"{described} is damaged: it holds no experiment")
         changes = []
-        free = {"device", "threads", "checkpoint_seconds"}  # these do not change what is measured
+        # These do not change what is measured.
+        free = {"device", "threads", "checkpoint_seconds", "report_to"}
         for section, now in experiment.common().items():
             before = held.get(section, {})
+            if section == "evaluation":  # what an older version could not measure is not measured
+                before = {"line": 0, "line_limit": now["line_limit"], **before}
             changes += [
                 f"{section}.{key}: {before.get(key)!r} there, {now.get(key)!r} now"
                 for key in sorted({*before, *now} - free)
@@ -286,6 +289,10 @@ class Record:
         """All scores that were taken while a task trained."""
         return self._read_log("curves")
 
+    def lines(self) -> list[dict[str, Any]]:
+        """All scores along lines from the anchor to the deployed weights."""
+        return self._read_log("lines")
+
     def stages(self) -> dict[tuple[str, int], dict[str, Any]]:
         """All finished stages by run and number."""
         return dict(self._stages)
@@ -378,11 +385,12 @@ class Record:
         scores: list[dict[str, Any]],
         merges: list[dict[str, Any]],
         curves: list[dict[str, Any]],
+        lines: list[dict[str, Any]],
     ) -> None:
         """Write a stage's lines; with the last of them it is finished."""
-        for name, lines in (("merges", merges), ("curves", curves)):
-            if lines:
-                self._append(name, lines)
+        for name, rows in (("merges", merges), ("curves", curves), ("lines", lines)):
+            if rows:
+                self._append(name, rows)
         self._append("scores", scores)
         self._append(_STAGES, [stage])
         self._stages[stage["run"], stage["stage"]] = stage

@@ -8,7 +8,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,24 @@ from transformers import set_seed
 
 from stockpot.arithmetic import fingerprint, l2_distance
 from stockpot.errors import ConfigError, DamagedRecordError, DiskFullError, StockpotError
-from stockpot.evaluation.divergence import kl_from
-from stockpot.evaluation.score import Score, headline_value
+from stockpot.evaluation.score import Score
 from stockpot.evaluation.settings import Programs
-from stockpot.evaluation.tasks import Evaluator, needs_programs
+from stockpot.evaluation.tasks import Evaluator
 from stockpot.experiment.config import Experiment
 from stockpot.experiment.environment import describe_environment
-from stockpot.experiment.observer import Observer
+from stockpot.experiment.measuring import Between, make_evaluator
+from stockpot.experiment.observer import Observer, Row, There
 from stockpot.experiment.plan import Plan, Run, Stage, describe_plan, make_plan
 from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
 from stockpot.experiment.summary import write_summary
+from stockpot.experiment.tracking import StageLines, Tracking
 from stockpot.files import write_text
 from stockpot.methods.base import Memory, Method, TaskRun
 from stockpot.models.learner import Learner, check_finite, check_learner
 from stockpot.streams.data import Stream
-from stockpot.training.trainer import Trained, Watch, choose_device, train_task
+from stockpot.tracking.trackers import check_trackers
+from stockpot.training.trainer import Trained, Watch, train_task
 
 __all__ = ["Outcome", "run_experiment"]
 
@@ -88,42 +90,13 @@ def run_experiment(
             "this release trains each run in one process; start `stockpot run` without torchrun or "
             "accelerate launch"
         )
+    check_trackers(experiment.training.report_to)
     if experiment.training.threads is not None:
         torch.set_num_threads(experiment.training.threads)
     stream = experiment.load_stream() if stream is None else stream
-    evaluator = _evaluator(experiment, stream, programs or Programs())
+    evaluator = make_evaluator(experiment, stream, programs or Programs())
     plan = make_plan(experiment, stream, share_prefixes)
     return _Runner(experiment, stream, plan, observer or Observer(), evaluator).run()
-
-
-def _evaluator(experiment: Experiment, stream: Stream, programs: Programs) -> Evaluator:
-    """How models are scored; refuses early what could not be scored later."""
-    settings = experiment.evaluation
-    sandbox = None
-    wanted = needs_programs(stream)
-    if wanted and programs.run:
-        from stockpot.evaluation.sandbox import Sandbox
-
-        sandbox = Sandbox.strongest(allow_weak=programs.allow_weak)
-    elif wanted and not programs.skip:
-        raise ConfigError(
-            f"{', '.join(wanted)} runs programs that the model writes. Allow it with "
-            "--run-programs (they run isolated, as strongly as this machine can), or leave the "
-            "benchmark out with stream.benchmarks"
-        )
-    if settings.lm_eval:
-        if stream.labels is not None:
-            raise ConfigError("evaluation.lm_eval scores language models; this stream is of images")
-        from stockpot.evaluation.lm_eval import check_lm_eval_tasks
-
-        check_lm_eval_tasks(settings.lm_eval, settings.lm_eval_include)
-    skipped = () if sandbox is not None else tuple(wanted)
-    benchmarked = all(
-        any(f"{task.name}: {name}" not in skipped for name in task.benchmarks)
-        for task in stream.tasks
-    )
-    device = choose_device(experiment.training.device)
-    return Evaluator(settings, device, sandbox, benchmarked, skipped)
 
 
 class _Runner:
@@ -137,7 +110,9 @@ class _Runner:
     ) -> None:
         self.experiment, self.stream, self.plan, self.observer = experiment, stream, plan, observer
         self.evaluator = replace(evaluator, progress=observer.scoring)
+        self.between = Between(experiment, stream, plan, self.evaluator)
         self.record = Record(experiment.output)
+        self.tracking = Tracking(experiment, self.record, [task.name for task in stream.tasks])
         self.prefixes = PrefixStore(experiment.output / "prefixes", plan.uses())
         self.device = evaluator.device
         self.scored: dict[str, list[TaskScores]] = {}
@@ -160,11 +135,11 @@ class _Runner:
             self.experiment, self.plan.data, environment, planned, self.evaluator.skipped
         )
         names = tuple(task.name for task in self.stream.tasks)
-        self.record.write_plan(describe_plan(self.plan, names))
+        self.record.write_plan(describe_plan(self.plan, self.stream))
         # The trainer collects garbage at every task; what is alive now need not be searched.
         gc.collect()
         gc.freeze()
-        self.observer.experiment_begins(self.plan, names)
+        self.observer.experiment_begins(self.plan, names, self._there())
         failures: dict[str, str] = {}
         said: float | None = None
         try:
@@ -190,6 +165,22 @@ class _Runner:
         shutil.rmtree(self.record.scratch, ignore_errors=True)
         return Outcome(self.record.folder, summary, failures)
 
+    def _there(self) -> There:
+        """What an earlier call left."""
+        scores: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for line in self.record.scores():
+            scores.setdefault((line["run"], line["stage"]), []).append(line)
+        finished = [
+            (run.id, number)
+            for run in self.plan.runs
+            for number in range(self.record.finished(run.id))
+        ]
+        keys = self.plan.uses()
+        return There(
+            {stage: Row.of(scores.get(stage, [])) for stage in finished},
+            frozenset(key for key in keys if self.prefixes.has(key)),
+        )
+
     def _failure(self, run: Run, error: Exception) -> str:
         """What to say of a run that failed; of errors not our own a traceback is kept."""
         if isinstance(error, StockpotError):
@@ -206,13 +197,14 @@ class _Runner:
         for stage in run.stages[:done]:
             self.record.check_stage(run.id, stage.number, stage.deployed)
             self.prefixes.used(stage.trained)
-        if done < len(run.stages):
-            self._start_from(run.seed)
-            method = run.method.model_copy(deep=True)
-            previous = self.record.weights(run.id, done - 1) if done else self.start
-            for stage in run.stages[done:]:
-                previous = self._stage(run, method, stage, previous)
-        self.record.finish_run(run.id, len(run.stages), self.experiment.record.weights)
+        with self.tracking.run(run):
+            if done < len(run.stages):
+                self._start_from(run.seed)
+                method = run.method.model_copy(deep=True)
+                previous = self.record.weights(run.id, done - 1) if done else self.start
+                for stage in run.stages[done:]:
+                    previous = self._stage(run, method, stage, previous)
+            self.record.finish_run(run.id, len(run.stages), self.experiment.record.weights)
         self.observer.run_ends(run)
 
     def _start_from(self, seed: int) -> None:
@@ -238,8 +230,8 @@ class _Runner:
         self, run: Run, method: Method, stage: Stage, previous: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Train (or take from the store), end, score and write one stage."""
-        self.observer.stage_begins(run, stage)
         context = self._context(run, stage, previous)
+        self.observer.stage_begins(run, stage, context.merges)
         # Scoring may take hours: what a kill meanwhile left trained is not trained again.
         ready = self.record.ready(run.id, stage.number, stage.deployed)
         if ready is None:
@@ -261,26 +253,26 @@ class _Runner:
             "l2_to_anchor": l2_distance(
                 (deployed[name] for name in floating), (previous[name] for name in floating)
             ),
-            "kl_from_anchor": self._divergence(context, stage, previous, deployed),
+            "kl_from_anchor": self.between.divergence(context, stage, deployed),
+            "trained_examples": self.experiment.training.examples_in(
+                stage.steps, sum(len(task.train) for task in context.tasks)
+            ),
+            **{key: about.get(key) for key in ("extra_examples", "stored")},
             **{key: about[key] for key in ("losses", "key", "sha256")},
         }
         if context.last and self.experiment.record.weights != "none":
             context.learner.describe(self.record.run_folder(run.id))
         at = {"run": run.id, "stage": stage.number}
-        self.record.finish_stage(
-            line,
-            self._score_lines(run, stage, scores),
-            merges=[{**at, "task": names[-1], **merge} for merge in context.merges],
-            curves=[{**at, "trained": names[-1], **point} for point in context.curve],
-        )
+        score_lines = self._score_lines(run, stage, scores)
+        merges = [{**at, "task": names[-1], **merge} for merge in context.merges]
+        curves = [{**at, "trained": names[-1], **point} for point in context.curve]
+        between = self.between.line(run, stage, context, deployed)
+        self.record.finish_stage(line, score_lines, merges, curves, between)
+        self.tracking.stage_ends(StageLines(line, score_lines, merges, curves))
         self.prefixes.used(stage.trained)
         self._forget_weights(run, stage)
-        shown = [
-            f"{value:.2f}" if own[0].better == "lower" else f"{100 * value:.0f}"
-            for _, own in scores
-            if (value := headline_value(own)) is not None
-        ]
-        self.observer.stage_ends(run, stage, about["trained_here"], shown)
+        row = Row.of(line for line in score_lines if line["stage"] == stage.number)
+        self.observer.stage_ends(run, stage, about["trained_here"], row)
         return deployed
 
     def _deploy(
@@ -309,6 +301,8 @@ class _Runner:
             "seconds": trained.seconds + end_seconds,
             "peak_memory": trained.peak_memory,
             "trained_here": fresh,
+            "extra_examples": context.extra_examples,
+            "stored": asdict(method.stored(context)),
             "losses": trained.losses,
             "merges": context.merges,
             "curve": context.curve,
@@ -317,21 +311,6 @@ class _Runner:
         }
         self.record.save_ready(run.id, stage.number, about)
         return deployed, about
-
-    def _divergence(
-        self,
-        context: TaskRun,
-        stage: Stage,
-        previous: Mapping[str, Tensor],
-        deployed: Mapping[str, Tensor],
-    ) -> float | None:
-        """Forward KL from the anchor on the held-out examples of what was trained last, in nats."""
-        examples = self.experiment.evaluation.kl
-        if not examples:
-            return None
-        data = self.stream.tasks[stage.tasks[-1]].test
-        size = self.evaluator.batch_size(context.learner)
-        return kl_from(previous, deployed, context.learner, data, examples, size, self.device).value
 
     def _context(self, run: Run, stage: Stage, previous: Mapping[str, Tensor]) -> TaskRun:
         assert self.learner is not None
@@ -395,7 +374,9 @@ class _Runner:
 
         def probe(step: int, moment: str) -> None:
             for task in self.stream.tasks:
-                score = self.evaluator.held_out(context.learner, task.test, settings.during_limit)
+                score = self.evaluator.held_out(
+                    context.learner, task.test, settings.during_limit, what=task.name
+                )
                 context.curve.append(
                     {
                         "step": step,
@@ -408,7 +389,8 @@ class _Runner:
                     }
                 )
 
-        return Watch(probe, settings.steps_between(stage.steps), settings.merges)
+        losses = self.tracking.watch(context.merges, context.curve)
+        return Watch(probe, settings.steps_between(stage.steps), settings.merges, losses)
 
     def _scores(self, key: str) -> list[TaskScores]:
         """All scores of the weights in the model, task by task."""

@@ -36,12 +36,14 @@ _TRAINING: dict[str, Any] = {
     "precision": "float32",
     "device": "cpu",
     "threads": 1,
+    "report_to": [],
 }
 _EVALUATION = {
     "precision": "float32",
     "max_new_tokens": 4,
     "during_limit": 4,
     "kl": 4,
+    "line_limit": 4,
     "batch_size": 16,
     "lm_eval_limit": 3,
 }

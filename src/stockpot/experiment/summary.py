@@ -81,10 +81,26 @@ def _one(
             "seconds": sum(line["seconds"] for line in lines),
             "peak_memory": max(line["peak_memory"] for line in lines),
             "steps": sum(line["steps"] for line in lines),
+            **_costs(lines),
         },
         "scores": [
             {key: line[key] for key in ("task", "evaluation", "metric", "value", "n", "stderr")}
             for line in last
             if "evaluation" in line
         ],
+    }
+
+
+def _costs(lines: list[dict[str, Any]]) -> dict[str, int | None]:
+    """What a method costs beside time and memory; None in a record that is older than these."""
+
+    def each(key: str) -> list[Any] | None:
+        values = [line.get(key) for line in lines]
+        return None if None in values else values
+
+    stored, extra, trained = map(each, ("stored", "extra_examples", "trained_examples"))
+    return {
+        "stored_bytes": None if stored is None else max(sum(kept.values()) for kept in stored),
+        "extra_examples": None if extra is None else sum(extra),
+        "trained_examples": None if trained is None else sum(trained),
     }

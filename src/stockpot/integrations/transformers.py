@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from stockpot.averaging.lora import LoraMode
 from stockpot.averaging.moments import OptimizerState
 from stockpot.averaging.sfa import Buffers, ParameterChoice
 from stockpot.errors import StockpotError
+from stockpot.tracking.callbacks import Reporters
+from stockpot.tracking.names import merge_values
 
 __all__ = ["SFACallback"]
 
@@ -38,6 +41,10 @@ class SFACallback(TrainerCallback):
     Averages are written before the trainer logs, evaluates and saves a step. The last one is
     therefore in the last checkpoint, unless training stops early: then it is taken when training
     ends, with a warning to save the model once more.
+
+    Where the trainer reports to TensorBoard, W&B, MLflow or Trackio, every average is logged there
+    as ``merge/beta``, ``merge/distance_before``, ``merge/distance_after`` and ``merge/seconds``, by
+    the main process; not the one taken when training has ended, for then they are closed.
     """
 
     def __init__(
@@ -54,6 +61,7 @@ class SFACallback(TrainerCallback):
     ) -> None:
         self.sfa = SFA(p, beta, every, anchor, store, optimizer_state, buffers, lora, parameters)
         self._open = False
+        self._reporters = Reporters()
 
     @property
     def events(self) -> list[MergeEvent]:
@@ -92,6 +100,8 @@ class SFACallback(TrainerCallback):
             anchor_path=path if saves or self.sfa.store == "disk" else None,
         )
         self._open = True
+        if state.is_world_process_zero:
+            self._reporters = Reporters.of_caller()
         if state.global_step > 0 and record is not None:
             self.sfa.load_state_dict(record)
         if saves:
@@ -128,6 +138,7 @@ class SFACallback(TrainerCallback):
                 event.distance_after,
                 event.seconds,
             )
+            self._reporters.log(merge_values(asdict(event)), state.global_step)
         if _KEY in state.stateful_callbacks:
             state.stateful_callbacks[_KEY] = self.sfa.state_dict()
 
@@ -151,3 +162,4 @@ class SFACallback(TrainerCallback):
             )
         self.sfa.detach()
         self._open = False
+        self._reporters = Reporters()

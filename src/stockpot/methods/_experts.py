@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from stockpot.methods.base import Method, TaskRun
+from stockpot.methods.base import Method, Stored, TaskRun, size_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +48,10 @@ class Experts(Method):
     ) -> Mapping[str, Tensor]:
         """The merge rule, on parameters."""
         raise NotImplementedError(f"{type(self).__name__}.merge")
+
+    def stored(self, run: TaskRun) -> Stored:
+        """theta_0 and the experts of all tasks so far, each as large."""
+        return Stored(weights=(1 + run.stage + 1) * size_of(run.start.values()))
 
     def training_identity(self, stage: int) -> dict[str, Any]:
         """Plain fine-tuning, from theta_0."""

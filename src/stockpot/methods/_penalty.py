@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PrivateAttr
 
-from stockpot.methods.base import Method, TaskRun
+from stockpot.methods.base import Method, Stored, TaskRun, anchor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,6 +44,10 @@ class Penalty(Method):
 
         super().start_task(run)
         self._terms = make_terms(trainable_weights(run.model)) if run.stage else []
+
+    def stored(self, run: TaskRun) -> Stored:
+        """theta_o."""
+        return Stored(weights=anchor_bytes(run))
 
 
 @dataclass(slots=True)

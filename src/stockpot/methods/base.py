@@ -6,7 +6,7 @@ here imports torch when it is imported, so that an experiment is checked in a mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from stockpot.models.learner import Learner
     from stockpot.streams.data import Task, TaskData
 
-__all__ = ["Memory", "Method", "TaskRun", "short"]
+__all__ = ["Memory", "Method", "Stored", "TaskRun", "anchor_bytes", "short", "size_of"]
 
 
 def short(value: Any) -> str:
@@ -76,6 +76,18 @@ class Memory:
         return [path for path in files if int(path.stem[-4:]) < self.stage]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Bytes that a method must keep from the tasks so far, beside the model that trains."""
+
+    weights: int = 0
+    """Checkpoints: the anchor, the starting model, experts."""
+    data: int = 0
+    """Training examples, as they lie in memory."""
+    other: int = 0
+    """What belongs to the method alone: Fisher values."""
+
+
 @dataclass
 class TaskRun:
     """One task being fine-tuned, as its method sees it."""
@@ -106,6 +118,8 @@ class TaskRun:
     """The merge events of this stage."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     """Scores that were taken while this stage trained."""
+    extra_examples: int = 0
+    """Forward and backward passes on single examples beside training (Fisher values)."""
 
     @property
     def model(self) -> nn.Module:
@@ -119,6 +133,22 @@ class TaskRun:
     def weights(self) -> dict[str, Tensor]:
         """A copy of the model's weights as they are now."""
         return self.learner.weights()
+
+    def passes(self, examples: int) -> None:
+        """Count forward and backward passes on single examples beside training."""
+        self.extra_examples += examples
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of some tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def anchor_bytes(run: TaskRun) -> int:
+    """Bytes of theta_o as methods pull or average towards it: of the weights that train."""
+    from stockpot.averaging.weights import trainable_weights
+
+    return size_of(trainable_weights(run.model).values())
 
 
 class Method(BaseModel):
@@ -176,6 +206,13 @@ class Method(BaseModel):
 
     def end_task(self, run: TaskRun) -> None:
         """Keep what later tasks need; leave in the model the weights to deploy."""
+
+    def stored(self, run: TaskRun) -> Stored:
+        """What must be kept after this task so that another can be trained, were there one.
+
+        Asked after ``end_task``. Every method answers for itself: there is no honest default.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.stored")
 
     # What follows says which runs have trained the same thing, so that it is trained once.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from stockpot.methods._penalty import Penalty, inner
-from stockpot.methods.base import TaskRun
+from stockpot.methods.base import Stored, TaskRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,11 +73,23 @@ class EWC(Penalty):
         if run.last:
             return  # no task will ask for them
         fisher = fisher_diagonal(
-            run.learner, self.training_data(run), self.samples, self.labels, run.seed
+            run.learner,
+            self.training_data(run),
+            self.samples,
+            self.labels,
+            run.seed,
+            passes=run.passes,
         )
         weights = {n: p.detach() for n, p in trainable_weights(run.model).items()}
         run.memory.save("ewc", consolidate(run.memory.load("ewc"), fisher, weights))
         run.memory.drop_superseded("ewc")
+
+    def stored(self, run: TaskRun) -> Stored:
+        """One quadratic form, however many tasks: centre, precision (float32) and its offset."""
+        from stockpot.averaging.weights import trainable_weights
+
+        vector = 4 * sum(weight.numel() for weight in trainable_weights(run.model).values())
+        return Stored(weights=vector, other=vector + 8)
 
 
 def consolidate(

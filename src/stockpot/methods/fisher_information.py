@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -32,6 +33,7 @@ def fisher_diagonal(
     samples: int | None,
     labels: Literal["sampled", "true", "exact"],
     seed: int,
+    passes: Callable[[int], None] = lambda examples: None,
 ) -> dict[str, Tensor]:
     """``F[j] = 1/N sum_n (d log p(y_n | x_n) / d theta[j])^2``, per example (Martens 2014).
 
@@ -46,14 +48,16 @@ def fisher_diagonal(
         labels: ``"sampled"`` draws y from the model's own distribution, ``"true"`` takes the data's
             (the empirical Fisher), ``"exact"`` sums over all y, weighted by p(y | x).
         seed: of the draws.
+        passes: called with how many examples have gone forward and backward, once for each label
+            that a gradient was taken for.
 
     Returns:
         float32 values on the model's device, by the names of the trainable parameters.
     """
     with evaluating(learner.module):
         if isinstance(learner, ImageLearner):
-            return _accumulate(learner, data, samples, labels, seed)
-        return _one_by_one(learner, data, samples, labels, seed)
+            return _accumulate(learner, data, samples, labels, seed, passes)
+        return _one_by_one(learner, data, samples, labels, seed, passes)
 
 
 def _one_by_one(
@@ -62,6 +66,7 @@ def _one_by_one(
     samples: int | None,
     labels: Literal["sampled", "true", "exact"],
     seed: int,
+    passes: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """Of texts: log p is that of all learned tokens, each after the data's tokens before it."""
     if labels == "exact":
@@ -81,6 +86,7 @@ def _one_by_one(
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 totals[name].add_(gradient.float().square())
+        passes(1)
     return {name: total / len(chosen) for name, total in totals.items()}
 
 
@@ -90,6 +96,7 @@ def _accumulate(
     samples: int | None,
     labels: Literal["sampled", "true", "exact"],
     seed: int,
+    passes: Callable[[int], None],
 ) -> dict[str, Tensor]:
     parameters = {n: p.detach() for n, p in trainable_weights(learner.module).items()}
     frozen = {
@@ -131,6 +138,7 @@ def _accumulate(
                 totals[name] += torch.einsum("ni,ni,n->i", flat, flat, weight.to(device)).view_as(
                     totals[name]
                 )
+            passes(len(label))
     return {name: total / len(chosen) for name, total in totals.items()}
 
 

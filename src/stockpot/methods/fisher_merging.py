@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, PrivateAttr
 
 from stockpot.methods._experts import Experts
-from stockpot.methods.base import TaskRun
+from stockpot.methods.base import Stored, TaskRun, size_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,13 +51,23 @@ class FisherMerging(Experts):
         from stockpot.methods.fisher_information import fisher_diagonal
 
         fisher = fisher_diagonal(
-            run.learner, self.training_data(run), self.samples, self.labels, run.seed
+            run.learner,
+            self.training_data(run),
+            self.samples,
+            self.labels,
+            run.seed,
+            passes=run.passes,
         )
         fisher = {name: values.cpu() for name, values in fisher.items()}
         self._fishers = [*run.memory.load_all("fisher"), fisher]
         if not run.last:
             run.memory.save("fisher", fisher)
         super().end_task(run)
+
+    def stored(self, run: TaskRun) -> Stored:
+        """theta_0, the experts, and the Fisher values of each."""
+        weights = super().stored(run).weights
+        return Stored(weights, other=sum(size_of(values.values()) for values in self._fishers))
 
     def merge(
         self, start: Mapping[str, Tensor], experts: list[dict[str, Tensor]]

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from stockpot.errors import ConfigError, nearest
-from stockpot.methods.base import Method
+from stockpot.methods.base import Method, Stored, TaskRun
 
 __all__ = ["Multitask"]
 
@@ -36,6 +36,10 @@ class Multitask(Method):
     def left_out(self) -> tuple[str, ...]:
         """The names of the tasks that are not trained on."""
         return tuple(name.strip() for name in (self.without or "").split(",") if name.strip())
+
+    def stored(self, run: TaskRun) -> Stored:
+        """All data, at once."""
+        return Stored(data=sum(task.train.nbytes() for task in run.tasks))
 
     def training_identity(self, stage: int) -> dict[str, Any]:
         """Plain fine-tuning, on more data."""

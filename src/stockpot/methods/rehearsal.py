@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from stockpot.methods.base import Method, TaskRun
+from stockpot.methods.base import Method, Stored, TaskRun
 
 if TYPE_CHECKING:
     from stockpot.streams.data import TaskData
@@ -46,3 +46,7 @@ class Rehearsal(Method):
         old = torch.randperm(len(buffer), generator=generator)[:replayed]
         new = torch.randperm(len(current), generator=generator)[: len(current) - replayed]
         return Mixture([current.subset(new), buffer.subset(old)])
+
+    def stored(self, run: TaskRun) -> Stored:
+        """The training examples of every task so far: any of them may be drawn."""
+        return Stored(data=sum(task.train.nbytes() for task in (*run.past, *run.tasks)))

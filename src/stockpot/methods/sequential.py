@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from stockpot.methods.base import Method
+from stockpot.methods.base import Method, Stored, TaskRun
 
 __all__ = ["Sequential"]
 
@@ -13,6 +13,10 @@ class Sequential(Method):
     """Fine-tune on task after task and do nothing about forgetting: the lower baseline."""
 
     name: ClassVar[str] = "sequential"
+
+    def stored(self, run: TaskRun) -> Stored:
+        """Nothing."""
+        return Stored()
 
     def training_identity(self, stage: int) -> dict[str, Any]:
         """Plain fine-tuning in every stage."""

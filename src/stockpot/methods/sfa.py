@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from stockpot.methods.base import Method, TaskRun
+from stockpot.methods.base import Method, Stored, TaskRun, anchor_bytes
 
 if TYPE_CHECKING:
     from stockpot.averaging.sfa import SFA as SFAverager  # noqa: N811
@@ -85,6 +85,10 @@ class SFA(Method):
             event = self._averager.step(step)
             if event is not None:
                 run.merges.append(asdict(event))
+
+    def stored(self, run: TaskRun) -> Stored:
+        """theta_o; of adapters nothing, for it is the base that they stand on."""
+        return Stored() if run.learner.adapted else Stored(weights=anchor_bytes(run))
 
     def training_identity(self, stage: int) -> dict[str, Any]:
         """The first task is plain fine-tuning unless the base is protected."""

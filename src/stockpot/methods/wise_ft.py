@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from stockpot.methods.base import Method, TaskRun
+from stockpot.methods.base import Method, Stored, TaskRun, anchor_bytes, size_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,13 @@ class WiseFT(Method):
                 "seconds": time.perf_counter() - begin,
             }
         )
+
+    def stored(self, run: TaskRun) -> Stored:
+        """theta_o; of adapters whole, for the whole model is averaged."""
+        if not run.learner.adapted:
+            return Stored(weights=anchor_bytes(run))
+        names = run.learner.parameter_names()
+        return Stored(weights=size_of(run.previous[name] for name in names))
 
     def training_identity(self, stage: int) -> dict[str, Any]:
         """Plain fine-tuning."""

@@ -47,6 +47,9 @@ class TaskData(Protocol):
     def lengths(self) -> Tensor | None:
         """(N,) how long each example is; None where all are alike."""
 
+    def nbytes(self) -> int:
+        """Bytes of the examples as they are stored, whether or not others share them."""
+
     def joined(self, batches: Sequence[Any]) -> Any:
         """Several batches of this kind as one."""
 
@@ -137,6 +140,11 @@ class ImageData(Dataset[Batch]):
         """Images are all alike."""
         return
 
+    def nbytes(self) -> int:
+        """Pixels and labels of these examples, even where tasks share the images."""
+        pixels = self.images[0].numel() * self.images.element_size()
+        return len(self) * (pixels + self.labels.element_size())
+
     def joined(self, batches: Sequence[Batch]) -> Batch:
         """Several batches as one; if one may choose any label, all may."""
         allowed = [batch["allowed"] for batch in batches]
@@ -194,6 +202,10 @@ class Mixture(Dataset[Any]):
         """The parts' lengths, one after the other."""
         lengths = [length for part in self.parts if (length := part.lengths()) is not None]
         return torch.cat(lengths) if len(lengths) == len(self.parts) and lengths else None
+
+    def nbytes(self) -> int:
+        """The parts' together."""
+        return sum(part.nbytes() for part in self.parts)
 
     def joined(self, batches: Sequence[Any]) -> Any:
         """As the parts join theirs: they are all of one kind."""

@@ -111,6 +111,17 @@ class TextData(Dataset[TextBatch]):
             lengths = lengths + self.targets.lengths()
         return lengths[self.rows]
 
+    def nbytes(self) -> int:
+        """Tokens of these examples, and which of them are learned."""
+        a_token = self.inputs.values.element_size()
+        if self.learned is not None:
+            a_token += self.learned.element_size()
+        total = int(self.inputs.lengths()[self.rows].sum()) * a_token
+        if self.targets is not None:
+            said = int(self.targets.lengths()[self.rows].sum())
+            total += said * self.targets.values.element_size()
+        return total
+
     def fingerprint(self, known: dict[int, bytes] | None = None) -> str:
         """SHA-256 of the tokens and of which are learned."""
         parts = [self.inputs.values, self.inputs.begins, self.learned, self.rows]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 __all__ = ["TrainingSettings"]
 
@@ -61,6 +61,19 @@ class TrainingSettings(BaseModel):
         description="seconds of training between checkpoints within a task; 0: every step; "
         "null: none (a killed task starts again)",
     )
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = Field(
+        (), description="where to show losses, scores and merges meanwhile; each needs its extra"
+    )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_none(cls, value: Any) -> Any:
+        """Trainer's own forms: ``wandb`` is ``[wandb]``, and ``none`` is none."""
+        if value is None or value == "none":
+            return ()
+        names = [value] if isinstance(value, str) else value
+        listed = isinstance(names, list | tuple) and all(isinstance(name, str) for name in names)
+        return tuple(dict.fromkeys(names)) if listed else names
 
     @model_validator(mode="after")
     def _options_fit_the_optimizer(self) -> Self:
@@ -82,6 +95,18 @@ class TrainingSettings(BaseModel):
         batches = math.ceil(examples / self.batch_size)
         return self.epochs * math.ceil(batches / self.gradient_accumulation)
 
+    def examples_in(self, steps: int, examples: int) -> int:
+        """How many examples go through so many optimizer steps on a task with ``examples``.
+
+        The last micro-batch of an epoch may be short, and its last step have fewer. (Of text in an
+        epoch that is not finished the short one may come early: then a few less went through.)
+        """
+        batches = math.ceil(examples / self.batch_size)
+        epochs, rest = divmod(steps, math.ceil(batches / self.gradient_accumulation))
+        started = rest * self.gradient_accumulation * self.batch_size
+        return epochs * examples + min(examples, started)
+
     def identity(self) -> dict[str, Any]:
         """What decides the weights that training gives."""
-        return self.model_dump(mode="json", exclude={"checkpoint_seconds", "device", "threads"})
+        free = {"checkpoint_seconds", "device", "threads", "report_to"}
+        return self.model_dump(mode="json", exclude=free)

@@ -9,7 +9,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from stockpot.files import read_tensors, sha256, space_errors, write_json, write
 from stockpot.methods.base import Method, TaskRun
 from stockpot.models.learner import check_finite, copy_weights, load_weights_
 from stockpot.streams.data import TaskData
+from stockpot.training.arguments import make_optimizer, training_arguments
 from stockpot.training.costs import PeakMemory
 from stockpot.training.settings import TrainingSettings
 
@@ -44,6 +45,8 @@ accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is
 
 _LOG_POINTS = 50
 """Losses are recorded as means over windows of 1/50 of a task."""
+_GLIMPSE_SECONDS = 1.0
+"""How often a watcher gets a loss meanwhile."""
 _GROUPED = 50
 """Batches whose examples are sorted by length together: random enough, and little padding."""
 _AROUND = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -73,6 +76,8 @@ class Watch:
     """Optimizer steps between two calls, from step 0 on and at the last; None: none."""
     merges: bool = False
     """Whether to call it around every merge event."""
+    losses: Callable[[Sequence[tuple[int, float]]], None] = lambda points: None
+    """Called with all (step, mean loss) so far when a window of the loss ends."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -132,6 +137,7 @@ class _LossLog:
         self.total = total_steps
         self.points: list[tuple[int, float]] = []
         self.pending: list[Tensor] = []
+        self._told = (time.monotonic(), 0, 0)
 
     def add(self, loss: Tensor) -> None:
         self.pending.append(loss.detach())
@@ -147,7 +153,18 @@ class _LossLog:
         mean = float(torch.stack(self.pending).double().sum()) / windows
         self.pending = []
         self.points.append((step, mean))
+        self._told = (time.monotonic(), step, 0)
         return mean
+
+    def glimpse(self, step: int) -> float | None:
+        """The mean loss of the last second's steps, for whoever watches a long window."""
+        now = time.monotonic()
+        when, since, count = self._told
+        if now - when < _GLIMPSE_SECONDS:
+            return None
+        self._told = (now, step, len(self.pending))
+        recent = self.pending[count:]
+        return float(torch.stack(recent).double().sum()) / max(1, step - since) if recent else None
 
     def state(self) -> dict[str, Any]:
         return {"points": self.points, "pending": [float(loss) for loss in self.pending]}
@@ -155,6 +172,7 @@ class _LossLog:
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
         self.points = [(int(step), float(loss)) for step, loss in state["points"]]
         self.pending = [torch.tensor(loss, device=device) for loss in state["pending"]]
+        self._told = (time.monotonic(), self.points[-1][0] if self.points else 0, 0)
 
 
 class _ShuffledBatches(Sampler[Tensor]):
@@ -235,7 +253,7 @@ class _TaskTrainer(Trainer):
         self._on_cpu = run.device.type == "cpu"
         super().__init__(
             model=run.model,
-            args=_arguments(run, settings, scratch),
+            args=training_arguments(run, settings, scratch),
             train_dataset=data,
             data_collator=_as_fetched,
             callbacks=[_Hooks(self)],
@@ -262,7 +280,7 @@ class _TaskTrainer(Trainer):
         """The optimizer of the settings, over all trainable parameters in one group."""
         if self.optimizer is None:
             parameters = [p for p in (model or self.model).parameters() if p.requires_grad]
-            self.optimizer = _optimizer(parameters, self.settings)
+            self.optimizer = make_optimizer(parameters, self.settings)
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
@@ -343,10 +361,16 @@ class _TaskTrainer(Trainer):
         every = self.watch.every
         if every and (step % every == 0 or step == self.run.total_steps):
             self.probe(step, "step")
-        loss = self.log_of_losses.close_window(step)
+        loss = closed = self.log_of_losses.close_window(step)
+        if loss is None:
+            loss = self.log_of_losses.glimpse(step)
         if loss is not None and not math.isfinite(loss):
             self._refuse_loss(step, loss)
         self.on_step(step, loss)
+        if closed is not None:
+            begin = time.perf_counter()
+            self.watch.losses(self.log_of_losses.points)
+            self._probing += time.perf_counter() - begin
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> int | None:
         """How many images or learned tokens a step has; None if they are in one micro-batch."""
@@ -455,45 +479,3 @@ class _Hooks(TrainerCallback):
         if time.monotonic() - self._saved >= interval:
             self._saved = time.monotonic()
             control.should_save = True
-
-
-def _optimizer(parameters: list[nn.Parameter], settings: TrainingSettings) -> torch.optim.Optimizer:
-    rate, decay = settings.learning_rate, settings.weight_decay
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters, lr=rate, momentum=settings.momentum, weight_decay=decay, fused=True
-        )
-    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=rate, weight_decay=decay, fused=True)
-
-
-def _arguments(run: TaskRun, settings: TrainingSettings, scratch: Path) -> TrainingArguments:
-    schedule: str = settings.schedule  # the Trainer's own names
-    if settings.warmup and schedule == "constant":
-        schedule = "constant_with_warmup"
-    arguments = TrainingArguments(
-        output_dir=str(scratch),
-        max_steps=run.total_steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type=schedule,
-        warmup_steps=round(settings.warmup * run.total_steps),
-        max_grad_norm=settings.max_grad_norm or 0.0,
-        bf16=settings.precision == "bfloat16",
-        fp16=settings.precision == "float16",
-        seed=run.seed % 2**32,
-        use_cpu=run.device.type == "cpu",
-        save_strategy="no",
-        logging_strategy="no",
-        # A NaN loss must be seen, not replaced by the mean of the earlier ones.
-        logging_nan_inf_filter=False,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        report_to=[],
-    )
-    # The settings decide, not what a launcher has left in the environment.
-    names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-    arguments.mixed_precision = names[settings.precision]
-    return arguments

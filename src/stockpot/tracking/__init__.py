@@ -1,0 +1,1 @@
+"""What a run measures, shown in TensorBoard, W&B, MLflow and Trackio."""
