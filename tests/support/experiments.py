@@ -45,7 +45,7 @@ def _child(path: Path, output: Path, overrides: Sequence[str], die_at: dict[str,
     class Assassin(Observer):
         stage = 0
 
-        def stage_begins(self, run: Any, stage: Any) -> None:
+        def stage_begins(self, run: Any, stage: Any, merges: Any) -> None:
             self.stage = stage.number
 
         def step(self, step: int, loss: float | None) -> None:

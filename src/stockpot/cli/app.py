@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from stockpot import __version__
+from stockpot.cli import compare as compare_verb
 from stockpot.cli import distance as distance_verb
 from stockpot.cli import fisher as fisher_verb
 from stockpot.cli import list_ as list_verb
@@ -40,6 +41,12 @@ app.command(
     no_args_is_help=True,
     epilog="For example: [green]stockpot merge ties --base BASE A B:0.5 --density 0.2 -o OUT[/]",
 )(merge_verb.merge)
+app.command(
+    "compare",
+    cls=compare_verb.CompareCommand,
+    no_args_is_help=True,
+    epilog=compare_verb.EPILOG,
+)(compare_verb.compare)
 app.command("distance", no_args_is_help=True)(distance_verb.distance)
 app.command("fisher", no_args_is_help=True)(fisher_verb.fisher)
 app.command("report", no_args_is_help=True)(report_verb.report)

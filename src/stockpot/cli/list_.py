@@ -115,6 +115,8 @@ def _kind(annotation: Any) -> str:
     if origin in (types.UnionType, typing.Union):
         return " or ".join(_kind(argument) for argument in arguments)
     if origin is tuple:
+        if typing.get_origin(arguments[0]) is typing.Literal:
+            return _kind(arguments[0]).replace("one of", "list of any of", 1)
         return f"list of {_kind(arguments[0])}s"
     words = {
         int: "whole number",

@@ -1,185 +1,201 @@
-"""Progress of an experiment: bars with time left on a terminal, plain lines elsewhere."""
+"""Progress of an experiment: one live view on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.control import Control
+from rich.live import Live
+from rich.segment import ControlType
 
-from stockpot.experiment.observer import Observer
+from stockpot.cli.output import can_redraw
+from stockpot.cli.progress_state import Progress
+from stockpot.cli.progress_view import ProgressView
+from stockpot.experiment.observer import There
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from stockpot.experiment.plan import Plan, Run, Stage
+    from stockpot.experiment.plan import Plan, Run
 
-__all__ = ["progress_observer"]
+__all__ = ["LineObserver", "LiveObserver", "progress_observer"]
 
-_REDRAW_SECONDS = 0.1
+_FASTEST_SECONDS = 0.25
+_SHARE = 0.01
+"""The most of a processor's time that drawing may take."""
 _LINE_SECONDS = 5.0
+_FAILURES_TOLD = 5
 
 
-def progress_observer(console: Console) -> BarObserver | LineObserver:
-    """Bars if the console is a terminal, else a line now and then."""
-    return BarObserver(console) if console.is_terminal else LineObserver(console)
+def progress_observer(console: Console, name: str) -> LiveObserver | LineObserver:
+    """A live view if the console can show one, else a line now and then."""
+    return (LiveObserver if can_redraw(console) else LineObserver)(console, name)
 
 
-class BarObserver(Observer):
-    """Three bars: all runs (by optimizer steps still to train), this run's tasks, their steps."""
+class LiveObserver(Progress):
+    """The live view, drawn by a thread of its own.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        console: the terminal.
+        name: the experiment's.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, console: Console, name: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(name, clock)
         self._console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[detail]}", markup=False),
+        self._view = ProgressView(self)
+        self._live = Live(
+            self._view,
             console=console,
+            auto_refresh=False,
             transient=True,
-            speed_estimate_period=60,
+            vertical_overflow="crop",
         )
-        self._runs: TaskID | None = None
-        self._tasks: TaskID | None = None
-        self._steps: TaskID | None = None
-        self._drawn = 0.0
-        self._loss: float | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._keep_drawing, daemon=True)
+        self._drawing = threading.Lock()
+        self._width = 0
+        self.drawing_seconds = 0.0
+        """Processor time that drawing has taken."""
 
-    def experiment_begins(self, plan: Plan, task_names: tuple[str, ...]) -> None:
-        """Draw the bars."""
-        self._names = task_names
-        self._runs = self._progress.add_task("runs ", total=len(plan.runs), detail="")
-        self._tasks = self._progress.add_task("tasks", total=len(task_names), detail="")
-        self._steps = self._progress.add_task("steps", total=None, detail="")
-        self._progress.start()
-
-    def run_begins(self, run: Run, finished: int) -> None:
-        """A fresh bar of tasks."""
-        assert self._tasks is not None
-        assert self._runs is not None
-        self._progress.reset(self._tasks, total=len(run.stages), completed=finished)
-        self._progress.update(self._runs, detail=run.id)
-
-    def stage_begins(self, run: Run, stage: Stage) -> None:
-        """A fresh bar of steps."""
-        assert self._tasks is not None
-        assert self._steps is not None
-        names = ", ".join(self._names[task] for task in stage.tasks)
-        self._progress.update(self._tasks, detail=names)
-        self._progress.reset(self._steps, total=stage.steps, detail="")
-        self._loss = None
-
-    def step(self, step: int, loss: float | None) -> None:
-        """Move the bar, ten times a second at most."""
-        self._loss = loss if loss is not None else self._loss
-        now = time.monotonic()
-        if now - self._drawn < _REDRAW_SECONDS or self._steps is None:
-            return
-        self._drawn = now
-        detail = "" if self._loss is None else f"loss {self._loss:.4f}"
-        self._progress.update(self._steps, completed=step, detail=detail)
-
-    def scoring(self, what: str, done: int, total: int) -> None:
-        """What is scored, in the place of the loss."""
-        now = time.monotonic()
-        if now - self._drawn < _REDRAW_SECONDS or self._steps is None:
-            return
-        self._drawn = now
-        self._progress.update(self._steps, detail=f"scoring {what}: {done:,} of {total:,}")
-
-    def stage_ends(self, run: Run, stage: Stage, trained: bool, scores: list[str]) -> None:
-        """One task further; show the scores."""
-        assert self._tasks is not None
-        assert self._steps is not None
-        self._progress.update(self._steps, completed=stage.steps)
-        self._progress.update(self._tasks, advance=1, detail=f"scores {' '.join(scores[:8])}")
-
-    def run_ends(self, run: Run) -> None:
-        """One run further."""
-        assert self._runs is not None
-        self._progress.update(self._runs, advance=1)
+    def experiment_begins(self, plan: Plan, task_names: tuple[str, ...], there: There) -> None:
+        """Draw for the first time."""
+        super().experiment_begins(plan, task_names, there)
+        self._live.start()
+        self._thread.start()
 
     def run_failed(self, run: Run, error: Exception) -> None:
-        """One run further, with its failure above the bars."""
-        self._console.print(f"failed {run.id}", style="red", highlight=False, markup=False)
-        self.run_ends(run)
+        """Say so above the view, where it stays; the view counts those after the first few."""
+        super().run_failed(run, error)
+        if len(self.failed) > _FAILURES_TOLD:
+            return
+        with self._drawing:
+            self._make_room()
+            self._console.print(f"failed: {run.id}", style="red", highlight=False, markup=False)
 
     def close(self) -> None:
-        """Take the bars away."""
-        self._progress.stop()
+        """Take the view away and show the cursor again, whatever happens meanwhile."""
+        self._over.set()
+        try:
+            if self._thread.is_alive():
+                self._thread.join()
+            if self._live.is_started:
+                with contextlib.suppress(OSError), self._drawing:  # the terminal may be gone
+                    self._make_room()
+                    self._live.stop()
+        except KeyboardInterrupt:
+            self._console.show_cursor(True)
+            raise
+
+    def _keep_drawing(self) -> None:
+        pause = 0.0
+        with contextlib.suppress(OSError):  # the terminal is gone; the experiment goes on
+            while not self._over.wait(pause):
+                begin = time.thread_time()
+                self._draw()
+                spent = time.thread_time() - begin
+                self.drawing_seconds += spent
+                pause = max(_FASTEST_SECONDS, spent / _SHARE)
+
+    def _draw(self) -> None:
+        with self._drawing:
+            self._make_room()
+            self._live.refresh()
+
+    def _make_room(self) -> None:
+        """Take back the lines that a terminal which became narrower has broken in two.
+
+        The view then takes more lines than it was drawn with, and all of them must go. A terminal
+        that cuts lines instead of breaking them loses as many lines above the view.
+        """
+        width, before = self._console.width, self._width
+        self._width = width
+        if width >= before:
+            return
+        rows = sum(-(-cells // width) - 1 for cells in self._view.widths if cells)
+        erase_and_up = ((ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1))
+        self._console.control(Control(*erase_and_up * min(rows, self._console.height)))
 
 
-class LineObserver(Observer):
+class LineObserver(Progress):
     """A line per finished run, and one every few seconds within a long one."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(
+        self, console: Console, name: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        super().__init__(name, clock)
         self._console = console
-        self._done = 0
-        self._total = 0
-        self._began = time.monotonic()
-        self._said = time.monotonic()
-        self._where = ""
-        self._steps = 0
+        self._said = self._run_began = self.began
+        self._fresh = True
 
-    def _say(self, text: str) -> None:
-        self._said = time.monotonic()
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+    def _say(self, text: str, style: str = "") -> None:
+        self._said = self.clock()
+        self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    def experiment_begins(self, plan: Plan, task_names: tuple[str, ...]) -> None:
+    def _say_where(self, text: str) -> None:
+        """A line every few seconds, with the time left if it is known."""
+        if self.clock() - self._said <= _LINE_SECONDS or self.run is None or self.now is None:
+            return
+        left = self.time_left.left()
+        self._say(f"{self.run.id}, task {self._task()}: {text}{f', {left.text()}' if left else ''}")
+
+    def _task(self) -> str:
+        assert self.now is not None
+        stage = self.now.stage
+        if len(stage.tasks) > 1:
+            return self.now.task
+        return f"{stage.row + 1} of {len(self.tasks)} ({self.now.task})"
+
+    def experiment_begins(self, plan: Plan, task_names: tuple[str, ...], there: There) -> None:
         """Say how much there is to do."""
-        self._names = task_names
-        self._total = len(plan.runs)
+        super().experiment_begins(plan, task_names, there)
         self._say(
-            f"{self._total} runs over {len(task_names)} tasks, "
-            f"{plan.steps_to_train:,} optimizer steps to train"
+            f"{self.name}: {self.total:,} runs over {len(task_names):,} tasks, "
+            f"{self.time_left.steps:,} optimizer steps to train"
         )
 
     def run_begins(self, run: Run, finished: int) -> None:
         """Say where a stopped run goes on."""
+        super().run_begins(run, finished)
         if 0 < finished < len(run.stages):
             self._say(f"{run.id}: goes on after task {finished} of {len(run.stages)}")
         self._fresh = finished < len(run.stages)
-
-    def stage_begins(self, run: Run, stage: Stage) -> None:
-        """Remember what to call the steps."""
-        names = ", ".join(self._names[task] for task in stage.tasks)
-        self._where = f"{run.id}, task {names}"
-        self._steps = stage.steps
+        self._run_began = self.clock()
 
     def step(self, step: int, loss: float | None) -> None:
         """A line every few seconds, when there is a loss to give."""
-        if loss is not None and time.monotonic() - self._said > _LINE_SECONDS:
-            self._say(f"{self._where}: step {step:,} of {self._steps:,}, loss {loss:.4f}")
+        super().step(step, loss)
+        if loss is not None and self.now is not None:
+            total = self.now.stage.steps
+            self._say_where(f"step {step:,} of {total:,}, loss {loss:.4g}")
 
     def scoring(self, what: str, done: int, total: int) -> None:
         """A line every few seconds."""
-        if time.monotonic() - self._said > _LINE_SECONDS:
-            self._say(f"{self._where}: scoring {what}, {done:,} of {total:,}")
+        super().scoring(what, done, total)
+        self._say_where(f"scoring {what}, {done:,} of {total:,}")
 
     def run_ends(self, run: Run) -> None:
         """A line per run; finished ones of an earlier call are passed over in silence."""
-        self._done += 1
-        if self._fresh:
-            spent = time.monotonic() - self._began
-            left = spent / self._done * (self._total - self._done)
-            self._say(
-                f"[{self._done}/{self._total}] {run.id}  ({spent:.0f} s, about {left:.0f} s left)"
-            )
+        super().run_ends(run)
+        if not self._fresh or self.before is None or self.measure is None:
+            return
+        m = self.measure
+        average = f"{self.before.mean_so_far()[-1] * m.scale:.{m.digits}f} {m.unit}"
+        left = self.time_left.left() if self.done < self.total else None
+        took = f"{self.clock() - self._run_began:.1f} s{f', {left.text()}' if left else ''}"
+        self._say(f"[{self.done}/{self.total}] {run.id}: average {average}  ({took})")
 
     def run_failed(self, run: Run, error: Exception) -> None:
         """A line per failure."""
-        self._done += 1
-        self._say(f"[{self._done}/{self._total}] {run.id} failed")
+        super().run_failed(run, error)
+        self._say(f"[{self.done}/{self.total}] {run.id} failed", "red")
 
     def close(self) -> None:
         """Nothing to take away."""

@@ -80,7 +80,7 @@ def report(
 def _print(pools: list[Pool], page: Path, console: Console) -> None:
     from rich.markup import escape
 
-    from stockpot.cli.table import print_results
+    from stockpot.cli.table import print_report, print_results
 
     for pool in pools:
         if len(pools) > 1:
@@ -89,7 +89,7 @@ def _print(pools: list[Pool], page: Path, console: Console) -> None:
         left = pool.planned - len(pool.finished)
         if left:
             console.print(f"{left} of {pool.planned} runs are not finished.", highlight=False)
-    console.print(f"Report: [bold]{escape(str(page))}[/]", soft_wrap=True)
+    print_report(console, page)
 
 
 def _watch(folders: list[Path], output: Path | None, seconds: float, console: Console) -> None:

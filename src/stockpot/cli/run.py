@@ -105,13 +105,19 @@ def _load_and_run(
 ) -> None:
     from rich.console import Console
 
+    from stockpot.cli.output import waiting
+
     console = Console(stderr=True, quiet=quiet)
+    if not dry_run:
+        from stockpot.tracking.trackers import check_trackers
+
+        check_trackers(checked.training.report_to)
     # stdout holds the result alone: what libraries and the user's own streams print goes to
     # stderr (DeepSpeed, where it is installed, writes a line to stdout when it is imported).
     with redirect_stdout(sys.stderr):
-        with console.status("loading PyTorch and Transformers"):
+        with waiting(console, "loading PyTorch and Transformers"):
             _quiet_libraries()
-        with console.status(f"loading {checked.stream.name}"):
+        with waiting(console, f"loading {checked.stream.name}"):
             if smoke:
                 from stockpot.experiment.smoke import with_tiny_model
 
@@ -156,16 +162,14 @@ def _run(
     quiet: bool,
     programs: Programs,
 ) -> None:
-    from rich.markup import escape
-
-    from stockpot.cli.output import complain
+    from stockpot.cli.output import complain, waiting
     from stockpot.cli.progress import progress_observer
-    from stockpot.cli.table import print_results
+    from stockpot.cli.table import print_report, print_results
     from stockpot.experiment import run_experiment
     from stockpot.experiment.observer import Observer
     from stockpot.report.write import write_report
 
-    watcher: Any = Observer() if quiet else progress_observer(console)
+    watcher: Any = Observer() if quiet else progress_observer(console, experiment.name)
     page = None
     with redirect_stdout(sys.stderr):
         try:
@@ -174,16 +178,14 @@ def _run(
             if not quiet:
                 watcher.close()
         if outcome.summary:
-            with console.status("drawing the figures"):
+            with waiting(console, "drawing the figures"):
                 page = write_report(outcome.folder)
     if as_json:
         typer.echo(json.dumps(outcome.summary, indent=2))
     elif not quiet:
         print_results(outcome.summary)
         if page is not None:
-            console.print(
-                f"Report: [bold]{escape(str(page))}[/]  (figures, tables and records beside it)"
-            )
+            print_report(console, page, outcome.summary)
     if outcome.failures:
         for run_id, reason in outcome.failures.items():
             complain(reason, head=f"failed: {run_id}")

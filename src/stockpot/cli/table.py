@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from stockpot.report.findings import headline
-from stockpot.report.table import Column, Group, group_runs, result_columns, task_columns
+from stockpot.report.findings import YARDSTICKS, headline
+from stockpot.report.table import (
+    Column,
+    Group,
+    group_runs,
+    measure_of,
+    result_columns,
+    task_columns,
+)
 
-__all__ = ["print_results"]
+__all__ = ["print_report", "print_results"]
 
 _MOST_TASKS = 6
 _PAPER = 240
@@ -35,7 +46,7 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
     if not summary:
         return
     console = Console()
-    if not console.is_terminal:
+    if not sys.stdout.isatty():
         console.width = _PAPER  # a file or a pipe has room for everything
     groups = group_runs(summary)
     tasks = summary[0]["tasks"]
@@ -70,6 +81,45 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
     answer = headline(groups)
     if answer:
         console.print(answer, highlight=False, markup=False)
+
+
+def print_report(
+    console: Console, page: Path, summary: Sequence[dict[str, Any]] | None = None
+) -> None:
+    """Where the report is, as a path that opens with a click in a terminal that can do so.
+
+    Args:
+        console: where to write.
+        page: the report.
+        summary: of the run folder that the report is in, to say how its settings are compared.
+    """
+    link = page.resolve().as_uri() if console.file.isatty() else None
+    text = Text.assemble("Report: ", (str(page), Style(bold=True, link=link)))
+    console.print(text, soft_wrap=True, highlight=False)
+    if summary and _has_verb("compare") and (pair := _worth_comparing(summary)):
+        sides = [shlex.quote(f"{page.parent}:{setting}") for setting in pair]
+        line = Text(f"Task by task: stockpot compare {' '.join(sides)}")
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _has_verb(name: str) -> bool:
+    from stockpot.cli.app import app
+
+    return any(command.name == name for command in app.registered_commands)
+
+
+def _worth_comparing(summary: Sequence[dict[str, Any]]) -> tuple[str, str] | None:
+    """Plain fine-tuning and the best of the others, as ``stockpot compare`` calls them."""
+    groups = group_runs(summary)
+    sign = measure_of(summary).sign
+    plain = [group for group in groups if group.method == "sequential"]
+    others = [group for group in groups if group.method not in ("sequential", *YARDSTICKS)]
+    scored = [(score, group) for group in others if (score := group.metric("average"))]
+    if not plain or not scored:
+        return None
+    _, best = max(scored, key=lambda pair: sign * pair[0].mean)
+    names = [group.runs[0]["run"].rpartition("-seed")[0] for group in (plain[0], best)]
+    return names[0], names[1]
 
 
 def _head(column: Column) -> str:
