@@ -68,8 +68,10 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
     )
     console.print(_table(groups, columns), highlight=False)
     seeds = max(len(group.runs) for group in groups)
+    orders = len({tuple(run["tasks"]) for run in summary})
+    over = f"{seeds} seeds" if orders == 1 else f"{seeds} runs, of {orders} task orders,"
     notes = [
-        f"Mean over {seeds} seeds ± half of a 95 % interval"
+        f"Mean over {over} ± half of a 95 % interval"
         if seeds > 1
         else "One seed: no interval"
     ]
