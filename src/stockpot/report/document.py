@@ -214,31 +214,21 @@ def _stages(run: dict[str, Any]) -> list[dict[str, Any]]:
     for number in range(max(len(planned), max(trained, default=-1) + 1)):
         plan = planned[number] if number < len(planned) else {}
         line = trained.get(number, {})
+        names = line.get("tasks", plan.get("tasks", []))
         stage = {
             "row": line.get("row", plan.get("row", number)),
             "steps": line.get("steps", plan.get("steps", 0)),
-            "tasks": [run["tasks"].index(t) for t in _names(line, plan) if t in run["tasks"]],
+            "tasks": [run["tasks"].index(t) for t in names if t in run["tasks"]],
         }
         if line:
             stage |= {
                 "seconds": _short(line.get("seconds"), 4),
                 "l2": _short(line.get("l2_to_anchor")),
                 "kl": _short(line.get("kl_from_anchor")),
-                "losses": [[s, _short(v, _CURVE_DIGITS)] for s, v in _pairs(line.get("losses"))],
+                "losses": [[s, _short(v, _CURVE_DIGITS)] for s, v in line.get("losses", ())],
             }
         found.append(stage)
     return found
-
-
-def _names(line: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    names = line.get("tasks", plan.get("tasks", []))
-    return names if isinstance(names, list) else []
-
-
-def _pairs(losses: Any) -> list[tuple[int, float]]:
-    if not isinstance(losses, list):
-        return []
-    return [(p[0], p[1]) for p in losses if isinstance(p, list) and len(p) == 2]
 
 
 def _thinning(runs: Sequence[dict[str, Any]]) -> tuple[int, str]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from stockpot.files import space_errors
 from stockpot.methods import METHODS
 from stockpot.methods.base import short
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 __all__ = ["Curve", "Point", "accuracy_matrices", "curves", "save_figure", "trade_off_plane"]
 
 _SVG_SALT = "stockpot"
+_NAMED = 10
+"""Tasks of which each has its name at a matrix; of more, there is a number."""
+_LONGEST = 24
+"""Letters of a task's name there."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +53,17 @@ class Curve:
         """``SFA along p (beta 0.5)``."""
         if self.along is None:
             return method_title(self.points[0].group)
-        method = METHODS[self.method].model_validate(self.points[0].group.settings)
-        rest = ", ".join(f"{k} {short(v)}" for k, v in method.given().items() if k != self.along)
+        given = _given(self.method, self.points[0].group.settings)
+        rest = ", ".join(f"{k} {short(v)}" for k, v in given.items() if k != self.along)
         return f"{title(self.method)} along {self.along}" + (f" ({rest})" if rest else "")
+
+
+def _given(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a label names; all of them where this version does not know them."""
+    try:
+        return METHODS[method].model_validate(settings).given()
+    except ValidationError:
+        return {key: value for key, value in settings.items() if value not in (None, False)}
 
 
 def curves(groups: Sequence[Group]) -> list[Curve]:
@@ -92,13 +106,13 @@ def _joined(points: Sequence[Point], along: str) -> list[Curve]:
     bundles: dict[str, list[Point]] = {}
     for point in points:
         settings = point.group.settings
-        if settings.get(along) is not None:
+        if isinstance(settings.get(along), int | float):
             fixed = sorted((k, str(v)) for k, v in settings.items() if k != along)
             bundles.setdefault(str(fixed), []).append(point)
     result = []
     for bundle in bundles.values():
         if len(bundle) > 1:
-            bundle.sort(key=lambda point: float(point.group.settings[along]))
+            bundle.sort(key=lambda point: point.group.settings[along])
             settings = bundle[0].group.settings
             fixed_settings = {k: v for k, v in settings.items() if k != along}
             result.append(Curve(bundle[0].group.method, along, fixed_settings, tuple(bundle)))
@@ -124,7 +138,7 @@ def trade_off_plane(groups: Sequence[Group], tasks: Sequence[str], subtitle: str
         drawn[curve.method] = drawn.get(curve.method, 0) + (curve.along is not None)
         _draw(axes, curve, line, measure.scale)
         _label_points(axes, curve, labelled, measure.scale)
-    tasks = [literal(task) for task in tasks]
+    tasks = [literal(_clip(task, 60)) for task in tasks]
     earlier = tasks[0] if len(tasks) == 2 else f"mean of the {len(tasks) - 1} earlier tasks"
     name, unit = measure.name, measure.unit
     axes.set_xlabel(f"{name} on the last task, {tasks[-1]} ({unit})")
@@ -198,6 +212,8 @@ def accuracy_matrices(groups: Sequence[Group], tasks: Sequence[str]) -> Figure:
     columns = min(4, len(best))
     rows = -(-len(best) // columns)
     side = max(1.6, min(4.2, 0.36 * len(tasks) + 0.9))
+    if len(tasks) <= _NAMED:  # long names take room beside the cells
+        side += 0.06 * max(0, min(_LONGEST, max(map(len, tasks))) - 8)
     figure, grid = _figure(side * columns + 1.6, (side + 0.45) * rows + 0.6, rows, columns)
     panels = list(grid.flat)
     image = None
@@ -248,15 +264,15 @@ def _heat_map(
     axes.set_facecolor("#eeeeee")  # rows that were never trained
     lines = textwrap.wrap(method_title(group), width=letters)
     axes.set_title("\n".join(lines), fontsize=7.5)
-    tasks = [literal(task) for task in tasks]
-    if len(tasks) <= 10:
+    upright = len(tasks) <= 3 and max(map(len, tasks)) <= 8
+    tasks = [literal(_clip(task, _LONGEST)) for task in tasks]
+    if len(tasks) <= _NAMED:
         for (t, i), value in np.ndenumerate(values):
             if not np.isnan(value):
                 bright = (value - low) / ((high - low) or 1.0)
                 ink = "white" if (bright < 0.6) == (measure.better == "higher") else "black"
                 shown = f"{value:.{0 if measure.unit == '%' else 2}f}"
                 axes.text(i, t, shown, ha="center", va="center", fontsize=7, color=ink)
-        upright = len(tasks) <= 3
         axes.set_xticks(
             range(len(tasks)),
             tasks,
@@ -270,6 +286,10 @@ def _heat_map(
         for axis in (axes.xaxis, axes.yaxis):  # tasks have whole numbers
             axis.set_major_locator(MaxNLocator(integer=True))
     return image
+
+
+def _clip(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:

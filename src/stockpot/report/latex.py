@@ -21,13 +21,15 @@ _SPECIAL = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
-    "\n": " ",
+    # At the beginning of a row they would belong to the \\ before it.
+    "[": "{[}",
+    "*": "{*}",
 }
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX sets as it is."""
-    return "".join(_SPECIAL.get(letter, letter) for letter in text)
+    """Text that LaTeX sets as it is, on one line."""
+    return "".join(_SPECIAL.get(letter, letter) for letter in " ".join(text.splitlines()))
 
 
 def to_latex(groups: Sequence[Group], columns: Sequence[Column], tasks: Sequence[str]) -> str:
@@ -38,8 +40,10 @@ def to_latex(groups: Sequence[Group], columns: Sequence[Column], tasks: Sequence
     shown = [c for c in columns if any(c.value(group) is not None for group in groups)]
     head = [_head(column) for column in shown]
     rows = [" & ".join([escape(method_title(g)), *(_cell(c, g) for c in shown)]) for g in groups]
-    seeds = max(len(group.runs) for group in groups)
-    over = f"mean over {seeds} runs $\\pm$ half of a 95\\,\\% interval" if seeds > 1 else "one run"
+    counts = sorted({len(group.runs) for group in groups})
+    runs = f"{counts[-1]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    over = f"mean over {runs} runs $\\pm$ half of a 95\\,\\% interval"
+    over = "one run" if counts == [1] else over
     lines = [
         r"% \usepackage{booktabs}",
         r"\begin{table}",

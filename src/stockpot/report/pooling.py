@@ -14,7 +14,16 @@ __all__ = ["Pool", "pool_records"]
 
 _FREE = {"device", "threads", "checkpoint_seconds", "report_to"}
 """Training settings that do not change what is measured."""
-_SCORING = {"precision", "max_new_tokens", "shots", "samples", "pass_at", "temperature"}
+_SCORING = {
+    "precision",
+    "max_new_tokens",
+    "shots",
+    "samples",
+    "pass_at",
+    "temperature",
+    "lm_eval_limit",
+    "lm_eval_shots",
+}
 """Evaluation settings that do."""
 
 
@@ -28,6 +37,8 @@ class Pool:
     orders: list[list[str]]
     """The task orders, the first folder's first."""
     gaps: list[str]
+    doubles: int = 0
+    """Runs that are in two folders; they count once."""
 
     @property
     def name(self) -> str:
@@ -42,7 +53,7 @@ class Pool:
     @property
     def planned(self) -> int:
         """How many runs there will be."""
-        return max(len(self.runs), sum(record.planned for record in self.records))
+        return max(len(self.runs), sum(record.planned for record in self.records) - self.doubles)
 
     @property
     def finished(self) -> list[dict[str, Any]]:
@@ -99,26 +110,31 @@ def _mapping(described: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _pool(records: list[Recorded]) -> Pool:
-    orders: list[list[str]] = []
-    runs: list[dict[str, Any]] = []
-    gaps: list[str] = []
-    seen: dict[str, str] = {}
-    several = len(records) > 1
+    pool = Pool(records, [], [], [])
+    at: dict[str, int] = {}
     for record in records:
         where = str(record.folder)
-        gaps += [f"{where}: {gap}" if several else gap for gap in record.gaps]
-        if record.tasks not in orders:
-            orders.append(record.tasks)
-        order = orders.index(record.tasks)
+        pool.gaps += [f"{where}: {gap}" if len(records) > 1 else gap for gap in record.gaps]
+        if record.tasks not in pool.orders:
+            pool.orders.append(record.tasks)
+        order = pool.orders.index(record.tasks)
         doubles = 0
         for run in record.runs:
             parts = [run["method"], run["settings"], run["seed"], order]
             key = json.dumps(parts, sort_keys=True, default=str)
-            if key in seen and seen[key] != where:
-                doubles += 1
+            held = pool.runs[at[key]] if key in at else None
+            own = {**run, "order": order, "folder": where}
+            if held is None or held["folder"] == where:
+                at[key] = len(pool.runs)
+                pool.runs.append(own)
                 continue
-            seen[key] = where
-            runs.append({**run, "order": order, "folder": where})
+            doubles += 1
+            if run["finished"] and not held["finished"]:
+                pool.runs[at[key]] = own
+        pool.doubles += doubles
         if doubles:
-            gaps.append(f"{where}: {doubles} runs are in an earlier folder too; those count")
-    return Pool(records, runs, orders, gaps)
+            said = "run is" if doubles == 1 else "runs are"
+            pool.gaps.append(
+                f"{where}: {doubles} {said} in an earlier folder too; each counts once"
+            )
+    return pool

@@ -274,7 +274,7 @@ def to_markdown(
 
 
 def _row(cells: Sequence[str]) -> str:
-    plain = [cell.replace("|", r"\|").replace("\n", " ") for cell in cells]
+    plain = [" ".join(cell.replace("|", r"\|").splitlines()) for cell in cells]
     return "| " + " | ".join(plain) + " |"
 
 

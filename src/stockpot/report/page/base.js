@@ -16,7 +16,7 @@ const stockpot = (() => {
     return node;
   }
   // Plotly reads a few tags in texts; names are to be shown as they are.
-  const esc = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const esc = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/%\{/g, "%&#123;");
   const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
   function wrap(text, width) {
     const lines = [""];
@@ -28,7 +28,9 @@ const stockpot = (() => {
     return lines.map((line) => esc(clip(line, width + 8))).join("<br>");
   }
 
-  // Numbers.
+  // Numbers. Math.min(...values) takes no more than some 100,000 values.
+  const least = (values) => values.reduce((a, b) => Math.min(a, b), Infinity);
+  const most = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
   const known = (values) => values.filter((v) => v !== null && v !== undefined);
   const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
   // Mean and half of the 95 % interval (Student's t); null if any value is missing.
@@ -224,5 +226,5 @@ const stockpot = (() => {
       return `${clip(task, 30)}: ${value === null || value === undefined ? "–" : withUnit(number(value, page.now.measure), page.now.measure.unit)}`;
     }).concat(page.now.tasks.length > 8 ? [`and ${page.now.tasks.length - 8} more tasks`] : []);
   }
-  return { page, dark, el, esc, clip, wrap, known, mean, interval, number, withUnit, intervalText, axisTitle, sign, css, colour, symbol, faded, taskColour, layout, figure, card, Plot, select, check, refresh, saveText, runsOf, finishedOf, best, average, shownGroups, hover, orderText, columnOf, scoresText };
+  return { page, dark, el, esc, clip, wrap, known, least, most, mean, interval, number, withUnit, intervalText, axisTitle, sign, css, colour, symbol, faded, taskColour, layout, figure, card, Plot, select, check, refresh, saveText, runsOf, finishedOf, best, average, shownGroups, hover, orderText, columnOf, scoresText };
 })();

@@ -1,7 +1,7 @@
 "use strict";
 // Bars of the final average (Fig. 1), score matrices, distance against forgetting (Fig. 10), costs.
 (() => {
-  const { page, el, esc, wrap, mean, interval, number, withUnit, intervalText, axisTitle, css, colour, symbol, faded, finishedOf, best, average, shownGroups, hover, orderText, scoresText } = stockpot;
+  const { page, el, esc, wrap, least, most, mean, interval, number, withUnit, intervalText, axisTitle, css, colour, symbol, faded, finishedOf, best, average, shownGroups, hover, orderText, scoresText } = stockpot;
   const narrow = () => window.innerWidth < 620;
   const rowLabel = (group) => wrap(page.now.groups[group].title, narrow() ? 17 : 34);
   const yardstick = (group) => page.now.groups[group].method === "multitask" && !page.now.groups[group]["left out"];
@@ -45,7 +45,7 @@
       });
     }
     const ends = groups.flatMap((n) => [average(n).mean + (average(n).half || 0), ...finishedOf(n).map((run) => run.metrics.average)]).map((v) => v * s);
-    const high = m.unit === "%" ? Math.min(Math.max(...ends) * 1.04, Math.max(100, ...ends)) : Math.max(...ends) * 1.05;
+    const high = m.unit === "%" ? Math.min(Math.max(...ends) * 1.04, 102) : Math.max(...ends) * 1.05; // an interval may reach where no share can be
     return {
       data,
       layout: {
@@ -118,7 +118,7 @@
       const m = page.now.measure;
       const groups = matrixGroups();
       const values = groups.flatMap((n) => matrixOf(n).flat()).filter((v) => v !== null);
-      const limits = m.unit === "%" ? [Math.min(0, ...values), Math.max(100, ...values)] : [Math.min(...values), Math.max(...values)];
+      const limits = m.unit === "%" ? [Math.min(0, least(values)), Math.max(100, most(values))] : [least(values), most(values)];
       for (const n of groups) {
         const tools = el("div", { class: "tools" });
         const node = el("div", { class: "map" }, el("div", { class: "top" }, el("h3", {}, page.now.groups[n].title), tools));

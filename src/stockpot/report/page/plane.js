@@ -113,7 +113,7 @@
     for (const [name, axis] of [["x", x], ["y", y]]) {
       if (starts.length) line(name, mean(starts.map((run) => scoreOf(run, axis, run.b))) * s, "dot");
       const columns = axis.columns({ order: 0 });
-      const alone = columns.map((c) => page.now.single[page.now.tasks[c]]);
+      const alone = columns.map((c) => Object.hasOwn(page.now.single, page.now.tasks[c]) && page.now.single[page.now.tasks[c]]);
       if (alone.every(Boolean)) {
         line(name, mean(alone.map((a) => a.value)) * s, "dash");
         notes.push(name);

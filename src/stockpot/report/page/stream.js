@@ -7,19 +7,21 @@
   const begun = (n) => runsOf(n).some((run) => run.stages.some((stage) => stage.losses));
   const offsets = (run) => run.stages.reduce((all, stage) => [...all, all[all.length - 1] + stage.steps], [0]);
 
-  // A run's scores on all tasks (its own columns) by global step: [step, moment, row].
+  // A run's scores on all tasks (its own columns) by global step: [step, moment, row, stage]. Where a
+  // task ends the next begins, with other weights for methods that train from the starting model.
+  const ORDER = { b: 0, a: 1, s: 2, e: 3 };
+  const inOrder = (p, q) => p[0] - q[0] || p[3] - q[3] || ORDER[p[1]] - ORDER[q[1]];
   function path(run) {
     const from = offsets(run);
-    const found = run.b ? [[0, "s", run.b]] : [];
+    const found = run.b ? [[0, "s", run.b, 0]] : [];
     for (const [stage, step, moment, row] of run.during) {
-      if (from[stage] !== undefined && !(stage === 0 && step === 0)) found.push([from[stage] + step, moment, row]);
+      if (from[stage] !== undefined && !(run.b && stage === 0 && step === 0)) found.push([from[stage] + step, moment, row, stage]);
     }
     run.stages.forEach((stage, n) => {
       const row = run.R[stage.row];
-      if (row && stage.losses) found.push([from[n + 1], "e", row]);
+      if (row && stage.losses) found.push([from[n + 1], "e", row, n]);
     });
-    const order = { b: 0, a: 1, s: 2, e: 3 };
-    return found.sort((p, q) => p[0] - q[0] || order[p[1]] - order[q[1]]);
+    return found.sort(inOrder);
   }
   // The mean over a group's runs of the first task order: [step, moment, [interval a task]].
   const cache = new Map();
@@ -29,14 +31,13 @@
       const runs = runsOf(group).filter((run) => run.order === 0 && run.stages.some((stage) => stage.losses));
       const points = new Map();
       for (const run of runs) {
-        for (const [step, moment, row] of path(run)) {
-          const at = `${step} ${moment}`;
-          if (!points.has(at)) points.set(at, [step, moment, []]);
+        for (const [step, moment, row, stage] of path(run)) {
+          const at = `${step} ${moment} ${stage}`;
+          if (!points.has(at)) points.set(at, [step, moment, [], stage]);
           points.get(at)[2].push(row);
         }
       }
-      const order = { b: 0, a: 1, s: 2, e: 3 };
-      const rows = [...points.values()].sort((p, q) => p[0] - q[0] || order[p[1]] - order[q[1]]);
+      const rows = [...points.values()].sort(inOrder);
       cache.set(key, rows.map(([step, moment, values]) => [step, moment, page.now.tasks.map((_, i) => {
         const cells = values.map((row) => row[i]).filter((v) => v !== null);
         return cells.length ? interval(cells) : null;
@@ -198,7 +199,9 @@
       const method = page.now.groups[group].method;
       const own = runsOf(group).filter((run) => run.order === 0).map((run) => run.line.find(([stage, task, metric]) => stage === line.stage && task === line.task && metric === line.metric)).filter(Boolean);
       if (!own.length) continue;
-      const points = own[0][3].map(([alpha], i) => [alpha, interval(own.map((l) => (l[3][i] ? l[3][i][1] : null)))]).filter((p) => p[1]);
+      const alphas = [...new Set(own.flatMap((l) => l[3].map(([alpha]) => alpha)))].sort((p, q) => p - q);
+      const at = own.map((l) => new Map(l[3])); // a point may be missing in one of the runs
+      const points = alphas.map((alpha) => [alpha, interval(at.map((l) => l.get(alpha)))]).filter((p) => p[1]);
       const m = { scale: share ? 100 : 1, digits: share ? 1 : 3, unit: share ? "%" : "nats" };
       data.push({
         type: "scatter", mode: "lines+markers", x: points.map((p) => p[0]), y: points.map((p) => p[1].mean * m.scale), name: esc(page.now.groups[group].title), meta: { method, points: points.length }, line: { ...SHAPE, color: colour(method) }, marker: { size: 7, symbol: stockpot.symbol(method) },
