@@ -71,9 +71,7 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
     orders = len({tuple(run["tasks"]) for run in summary})
     over = f"{seeds} seeds" if orders == 1 else f"{seeds} runs, of {orders} task orders,"
     notes = [
-        f"Mean over {over} ± half of a 95 % interval"
-        if seeds > 1
-        else "One seed: no interval"
+        f"Mean over {over} ± half of a 95 % interval" if seeds > 1 else "One seed: no interval"
     ]
     if left_out:
         notes.append(f"no room for {', '.join(left_out)} (see results.md)")
