@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from support.experiments import lines, record_of, run_file, write_experiment
+from support.text import write_model
 
 METHODS = "[sequential, {name: sfa, p: [0.5, 1], beta: 0.3}]"
 
@@ -132,6 +134,28 @@ def test_dry_run_counts_and_runs_nothing(experiment, tmp_path):
     assert (as_json["steps"], as_json["steps_to_train"], as_json["steps_saved"]) == (108, 84, 24)
 
 
+def test_names_with_brackets_are_shown_as_they_are(tmp_path):
+    names = ("a[b]", "[/b] c")
+    for name in names:
+        rows = [{"text": f"{i} is fine", "label": str(i % 2)} for i in range(20)]
+        (tmp_path / f"{names.index(name)}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tasks = [{"name": name, "train": str(tmp_path / f"{i}.jsonl")} for i, name in enumerate(names)]
+    described = {
+        "stream": {"name": "tasks", "tasks": tasks},
+        "model": {"id": str(write_model(tmp_path / "model", "gpt2"))},
+        "training": {"steps": 1, "batch_size": 2},
+        "methods": ["sequential", "sfa"],
+        "output": str(tmp_path / "[red]"),
+    }
+    (tmp_path / "e.yaml").write_text(json.dumps(described))  # JSON is YAML
+    result = stockpot("run", tmp_path / "e.yaml", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    text = " ".join(result.stdout.split())
+    assert "a[b] (18 to train, 2 to test), [/b] c (18 to train, 2 to test)" in text
+    assert "a[b]" in text.partition("earlier run")[2]  # as what is shared
+    assert "[red]" in text
+
+
 def test_dry_run_is_what_happens(done, experiment):
     _, out = done
     promised = json.loads(stockpot("run", experiment, "--dry-run", "--json").stdout)
@@ -222,6 +246,40 @@ def test_report_of_no_record(tmp_path, folder):
     result = stockpot("report", tmp_path / folder)
     assert result.returncode == 1
     assert "no run folder" in result.stderr
+
+
+def test_watching_begins_before_the_first_score(done, tmp_path):
+    _, out = done
+    folder = tmp_path / "[b]run"
+    folder.mkdir()
+    shutil.copy(out / "experiment.json", folder)
+    words = [sys.executable, "-m", "stockpot", "report", str(folder), "--watch", "1"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        first = run.stderr.readline()
+        assert "nothing to report" in first
+        assert "Waiting for the first scores" in first
+        shutil.copytree(out, folder, dirs_exist_ok=True)
+        printed, said = run.communicate(timeout=60)
+    assert run.returncode == 0, said
+    assert str(folder / "report.html") in said.replace("\n", "")
+    assert "average" in printed
+
+
+def test_watching_ends_when_what_is_left_has_failed(tmp_path):
+    path = write_experiment(tmp_path, "[sequential, {name: l2, strength: 1e30}]")
+    outcome = run_file(path, tmp_path / "out", ["training.optimizer=sgd"])
+    assert len(outcome.failures) == 1
+    result = stockpot("report", tmp_path / "out", "--watch", "1")
+    assert result.returncode == 0
+    assert "1 of 2 runs failed." in result.stderr
+    assert "not finished" not in result.stderr
+
+
+def test_watching_no_record_is_an_error(tmp_path):
+    result = stockpot("report", tmp_path, "--watch", "1")
+    assert result.returncode == 1
+    assert "is no run folder" in result.stderr
 
 
 def test_unknown_verb_and_option():

@@ -185,6 +185,15 @@ def test_what_a_model_wrote_cannot_break_the_markdown(folder):
         (["{f}:sfa@start", "{f}:sfa", "--limit", "3"], "--limit: is for two models"),
         (["{f}:sfa@start", "{f}:sfa", "--run-programs"], "--run-programs: is for two models"),
         (["{f}:sfa@start", "{f}:sfa", "--markdown", "--json"], "both print on stdout"),
+        (["{f}:sfa@start", "{f}:sfa", "--markdown", ""], "the file's name is empty"),
+        (["{f}:sfa@start", "{f}:sfa", "--markdown", "{f}"], "is a folder; give a file"),
+        (["{f}:sfa@start", "{f}:sfa", "--markdown", "{f}/no/x.md"], "there is no folder"),
+        (["a", "b", "--task", "x.jsonl", "--markdown", "no/x.md"], "there is no folder 'no'"),
+        (["{f}:", "{f}:sfa"], "there is no setting after ':'"),
+        (["{f}:@start", "{f}:sfa"], "there is no setting after ':'"),
+        (["{f}:sfa@", "{f}:sfa"], "there is no stage after '@'"),
+        (["{f}:zzz", "{f}:sfa"], "'zzz'. There are: sequential, sfa-p0.5-beta0.5"),
+        (["{f}:sequential", "{f}:sfa", "--task", "x.jsonl"], "give the folder of a run"),
         (["a", "b", "--task", "x.jsonl", "--stream", "y.yaml"], "give one of them"),
         (["a", "b", "--task", "x.jsonl", "--same-items"], "--same-items is for runs"),
         (["{f}:sfa", "{f}:sfa"], "BEFORE and AFTER are the same"),
@@ -221,6 +230,16 @@ def in_main(words):
     finally:
         sys.argv = before
     return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["sfa p=0.5 beta=0.5", "sfa beta=0.5 p=0.5", "sfa, beta=0.5, p=0.5", "sfa-beta0.5-p0.5"],
+)
+def test_a_setting_may_be_written_in_any_order(finished, setting):
+    result = compare(f"{finished}:{setting}@start", f"{finished}:{setting}", "--json")
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["after"] == "sfa-p0.5-beta0.5, after 4-5"
 
 
 def test_damage_is_code_2_and_not_the_1_of_forgetting(folder):

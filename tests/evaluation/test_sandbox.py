@@ -571,8 +571,9 @@ def test_what_a_program_says_is_made_printable_and_short(sandbox):
 
 
 def test_the_time_is_the_programs_own(sandbox):
-    outcome = patient(sandbox).run("import time\ntime.sleep(0.2)")
+    outcome = patient(sandbox).run("import time\ntime.sleep(0.3)")
     assert outcome.passed
+    # The clock may start a moment after the program does, on a machine that is busy.
     assert 0.2 <= outcome.seconds < 10
 
 

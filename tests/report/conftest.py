@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from playwright.sync_api import Browser
 from stockpot.report.write import write_report
 from support.experiments import run_file
 from support.pages import Opened, chromium, find_chromium, open_page
+from support.reading import write_page
 from support.records import TEN, write_made_up
 
 DIGITS = Path(__file__).parents[2] / "recipes/digits.yaml"
@@ -54,7 +56,7 @@ def twenty(tmp_path_factory) -> Path:
         seeds=(0, 1, 2),
         name="Twenty tasks",
     )
-    write_report(folder)
+    shutil.move(write_page(folder), folder / "report.html")
     return folder
 
 

@@ -185,7 +185,8 @@ def test_lost_scores_of_the_starting_model_are_said(good, folder):
     write_lines(folder / "scores.jsonl", [x for x in lines if x["stage"] >= 0])
     (folder / "summary.json").unlink()
     pool, _ = report(folder)
-    assert sum("no score before training" in gap for gap in pool.gaps) == 6
+    (said,) = [gap for gap in pool.gaps if "no score before training" in gap]
+    assert said.startswith("6 runs (")  # what many lack is said once
     for run, held in numbers(report(good)[0]).items():
         now = numbers(pool)[run]
         assert now["metrics"] == {**held["metrics"], "fwt": None}
@@ -225,14 +226,14 @@ def test_a_loss_that_was_not_finite_is_no_damage(folder):
 
 
 def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where there is a value: of lists the first, of runs the first three."""
+    """Where there is a value: of lists the first, of runs the first and one with settings."""
     yield at
     if isinstance(value, dict):
         for key, item in value.items():
             yield from paths(item, (*at, key))
     elif isinstance(value, list):
-        for key, item in enumerate(value[: 3 if at == ("runs",) else 1]):
-            yield from paths(item, (*at, key))
+        for key in (0, 2) if at == ("runs",) else range(min(1, len(value))):
+            yield from paths(value[key], (*at, key))
 
 
 def put(value: Any, at: tuple[Any, ...], new: Any) -> Any:
@@ -270,7 +271,7 @@ def test_a_value_of_another_type_anywhere_in_a_mapping(name, good, folder):
 
 @given(st.data())
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_random_bytes_anywhere(good, folder, data):
     """Parts of any files overwritten, cut out or doubled: a report, or a clear error."""

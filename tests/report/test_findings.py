@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from stockpot.report.findings import headline
+from stockpot.report.findings import headline, size_text
 from stockpot.report.style import METHOD_TITLES
 from stockpot.report.table import group_runs
 from support.reports import T3, Run, by_mean, made_up, two
@@ -103,6 +103,38 @@ def test_settings_picked_on_the_scores_shown_are_said_to_be():
     assert "picked" not in say(grid[0], rival)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "stored", "price"),
+    [
+        (2.0, 0, "in about the same training time, keeping nothing between tasks"),
+        (2.1, 1000, "in about the same training time, keeping 1 kB between tasks"),
+        (3.0, 3_210_000, "in 1.5 times its training time, keeping 3.21 MB between tasks"),
+        (300.0, 999, "in 150 times its training time, keeping 999 bytes between tasks"),
+        (0.5, 999_600, "in 0.25 times its training time, keeping 1 MB between tasks"),
+        (1.0, None, "in 0.5 times its training time"),
+        (None, 5e9, "keeping 5 GB between tasks"),
+        (None, None, None),
+    ],
+)
+def test_the_price_is_told_in_time_and_storage(seconds, stored, price):
+    cost = {"seconds": seconds, "stored_bytes": stored}
+    best = [made_up("sfa", two((0.9, 0.9)), n, **cost) for n in (0, 1)]
+    text = say(best, by_mean("sequential", 0.5, 0.1, 2))
+    first = text.split(". The next")[0]
+    assert first.split("for sequential fine-tuning")[1] == (f", {price}" if price else "")
+
+
+@given(st.floats(0, 1e15))
+def test_sizes_are_written_in_plain_digits(size):
+    text = size_text(size)
+    number, unit = text.split(" ")
+    scale = {"bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}[unit]
+    assert float(number) * scale == pytest.approx(size, rel=0.0051)
+    assert unit == "TB" or float(number) < 1000
+    if 1e-2 < size < 1e14:
+        assert "e" not in number
+
+
 @given(
     st.lists(
         st.tuples(
@@ -129,11 +161,18 @@ def test_headline_claims_exactly_what_the_intervals_allow(drawn):
         return
     top = max(np.mean(values) for _, values in free)
     tops = {m for m, values in free if np.mean(values) > top - 1e-9}
-    said = re.search(r"tasks: ([\d.]+) %", text)
+    named = [METHOD_TITLES[method] for method in tops]
+    if len(free) == 1:  # nothing is best that is alone
+        assert text.startswith(f"{named[0]} number=")
+        assert f" has {top:.1f} %" in text or abs(top * 10 % 1 - 0.5) < 1e-6
+        assert "Without old data" not in text
+        assert claims(text) == set()
+        return
+    said = re.search(r"(?:tasks:|has) ([\d.]+) %", text)
     assert said is not None
     assert float(said[1]) == pytest.approx(top, abs=0.0501)
-    named = [METHOD_TITLES[method] for method in tops]
-    assert any(f"Without old data, {name} number=" in text for name in named)
+    first = "" if len(free) == 1 else "Without old data, "
+    assert any(text.startswith(f"{first}{name} number=") for name in named)
     if sum(np.mean(values) > top - 1e-9 for _, values in free) > 1:
         # Which of the equals is named is not for this test to say; equal methods are not apart.
         assert len(tops) == 1 or APART not in text
@@ -142,9 +181,6 @@ def test_headline_claims_exactly_what_the_intervals_allow(drawn):
     # The rival is the best of another method, or of the same method's other settings.
     others = [pair for pair in free if pair[0] != best[0]]
     others = others or [pair for pair in free if pair is not best]
-    if not others:
-        assert claims(text) == set()
-        return
     second = max(np.mean(values) for _, values in others)
     candidates = [values for _, values in others if np.mean(values) > second - 1e-9]
     if len(candidates) > 1:  # which of the equals is named is not for this test to say

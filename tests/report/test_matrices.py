@@ -97,3 +97,11 @@ def test_titles_of_panels_do_not_overlap():
     figure.draw_without_rendering()
     one, other = (axes.title.get_window_extent() for axes in panels(figure))
     assert not one.overlaps(other)
+
+
+def test_a_method_trained_in_another_order_has_its_own_labels():
+    one = made_up("sfa", two((0.5, 0.7)))
+    other = {**made_up("ewc", two((0.8, 0.6))), "tasks": ["task 1", "task 0"]}
+    figure = accuracy_matrices(group_runs([one, other]), ["task 0", "task 1"])
+    labels = [[text.get_text() for text in axes.get_xticklabels()] for axes in panels(figure)]
+    assert labels == [["task 0", "task 1"], ["task 1", "task 0"]]

@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 
-from stockpot.report.write import write_report
 from support.pages import Opened
+from support.reading import write_page
 from support.records import TEN, write_made_up
 
-LOOKS = [(width, scheme) for width in (400, 1600) for scheme in ("light", "dark")]
+LOOKS = [
+    *(("digits", width, scheme) for width in (400, 1600) for scheme in ("light", "dark")),
+    ("twenty", 400, "light"),
+    ("twenty", 1600, "dark"),
+]
 
 # Text that stands in the page: its colour on what lies behind it, blended where it is not opaque.
 _CONTRASTS = """() => {
@@ -90,16 +94,11 @@ _OVERLAPPING = """() => {
 }"""
 
 
-@pytest.fixture(scope="module", params=["digits", "twenty"])
-def report(request) -> Path:
-    folder: Path = request.getfixturevalue(request.param)
-    return folder / "report.html"
-
-
-@pytest.fixture(scope="module", params=LOOKS, ids=lambda look: f"{look[0]}-{look[1]}")
-def look(request, report, visit) -> Opened:
-    width, scheme = request.param
-    page: Opened = visit(report, width, scheme)
+@pytest.fixture(scope="module", params=LOOKS, ids=lambda look: "-".join(map(str, look)))
+def look(request, visit) -> Opened:
+    name, width, scheme = request.param
+    folder: Path = request.getfixturevalue(name)
+    page: Opened = visit(folder / "report.html", width, scheme)
     page.draw_all()
     return page
 
@@ -168,8 +167,8 @@ def test_buttons_are_within_reach(look):
         assert box["x"] + box["width"] <= screen + 1
 
 
-def test_the_scheme_follows_the_reader(report, visit):
-    page: Opened = visit(report)
+def test_the_scheme_follows_the_reader(digits, visit):
+    page: Opened = visit(digits / "report.html")
     page.draw_all()
 
     def ground() -> Any:
@@ -188,8 +187,8 @@ def test_the_scheme_follows_the_reader(report, visit):
     assert [row for row in page.page.evaluate(_CONTRASTS) if row[1] < 4.5] == []
 
 
-def test_from_a_wide_window_to_a_narrow_one(report, visit):
-    page: Opened = visit(report)
+def test_from_a_wide_window_to_a_narrow_one(digits, visit):
+    page: Opened = visit(digits / "report.html")
     page.draw_all()
     page.page.set_viewport_size({"width": 400, "height": 900})
     page.page.wait_for_timeout(400)
@@ -201,7 +200,7 @@ def test_from_a_wide_window_to_a_narrow_one(report, visit):
 def test_long_names_fit_on_a_phone(tmp_path, visit):
     tasks = [f"an unusually long name of a task, {word} {n}" for n, word in enumerate(["one"] * 4)]
     folder = write_made_up(tmp_path / "run", tasks=tasks, methods=TEN, name="A long name " * 12)
-    page: Opened = visit(write_report(folder), 400)
+    page: Opened = visit(write_page(folder), 400)
     page.draw_all()
     assert page.page.evaluate("document.documentElement.scrollWidth") <= 400
     assert page.page.evaluate(_CUT) == []

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stockpot.report.write import write_report
 from support.oracle import Oracle, Setting, dominated_area, pareto_set, students
 from support.pages import Drawn, Opened
+from support.reading import write_page
 from support.records import THREE, write_made_up
 
 YARDSTICKS = ("multitask", "rehearsal")
@@ -298,7 +298,7 @@ def test_dotted_and_dashed_lines(digits_page, digits):
 @pytest.fixture(scope="module")
 def losses(tmp_path_factory, visit) -> tuple[Opened, Oracle]:
     folder = write_made_up(tmp_path_factory.mktemp("losses") / "run", metric="loss")
-    page: Opened = visit(write_report(folder))
+    page: Opened = visit(write_page(folder))
     page.draw_all()
     page.into_view("plane")
     return page, Oracle(folder)

@@ -243,11 +243,25 @@ def test_unfinished_runs_of_a_record_without_a_plan(tmp_path):
     assert "2 of 6 runs are not finished" in document["answer"]
 
 
-def test_a_run_that_failed_is_said(folder):
-    failed = folder / "runs/l2-seed0"
-    failed.mkdir(parents=True)
-    (failed / "error.txt").write_text("diverged")
-    assert report(folder)[0].gaps == ["run l2-seed0 stopped on an error (runs/l2-seed0/error.txt)"]
+def test_a_run_that_failed_is_said_and_is_not_waited_for(tmp_path):
+    folder = write_made_up(tmp_path / "run", stages={SFA: 1, "sequential-seed1": 0})
+    failures = {SFA: "task 'odd': the loss is nan at step 3 of 6"}
+    (folder / "failures.json").write_text(json.dumps(failures))
+    pool, document = report(folder)
+    assert pool.gaps == [f"run {SFA} failed: {failures[SFA]}"]
+    assert [run["run"] for run in pool.failed] == [SFA]
+    assert (len(pool.finished), pool.planned, pool.left) == (4, 6, 1)
+    assert "1 of 6 runs are not finished" in document["answer"]
+    assert "1 of 6 runs failed" in document["answer"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "\x00", '{"a": NaN}', "null", '{"x": {"y": 1}}'])
+def test_a_damaged_list_of_failures_is_said(text, good, folder):
+    (folder / "failures.json").write_text(text)
+    pool, _ = report(folder)
+    said = any(gap.startswith("failures.json is ") for gap in pool.gaps)
+    assert said == ("x" not in text or "\x00" in text)  # of a run that is not there
+    assert numbers(pool) == numbers(report(good)[0])
 
 
 def test_a_real_record_cut_at_every_tenth_byte(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from stockpot.report.table import Group, Interval, group_runs, to_csv, to_markdown
+from stockpot.report.table import Group, Interval, group_runs, result_columns, to_csv, to_markdown
 from support.reports import T2, T3, made_up, sfa, two
 
 # Intervals.
@@ -171,3 +171,35 @@ def test_markdown_survives_a_bar_in_a_task_name():
     lines = to_markdown(table(names), names).splitlines()
     assert len(lines) == 4
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
+
+
+# Costs.
+
+
+def test_costs_have_columns_where_they_are_known():
+    """Records of earlier versions say nothing of storage and passes."""
+    old = group_runs(TABLE)
+    assert not {"stored_bytes", "extra_share"} & {column.key for column in result_columns(old)}
+    costs = {"stored_bytes": 2_500_000, "extra_examples": 50, "trained_examples": 200}
+    new = group_runs(
+        [
+            made_up("rehearsal", two((0.5, 0.5)), 0, **costs),
+            made_up("rehearsal", two((0.5, 0.5)), 1, **{**costs, "extra_examples": 70}),
+            made_up("ewc", two((0.5, 0.5)), 0, stored_bytes=0, extra_examples=0),
+        ]
+    )
+    by_key = {column.key: column for column in result_columns(new)}
+    assert by_key["stored_bytes"].text(new[0]) == "2.50 ±0.00"
+    share = by_key["extra_share"].value(new[0])
+    assert share is not None
+    assert share.mean == pytest.approx(0.3)
+    assert share.half_width == pytest.approx(T2 * 0.1 / 2)
+    assert by_key["extra_share"].unit == "%"
+    assert by_key["extra_share"].text(new[1]) == "-"  # a share of what is not known
+
+
+def test_a_column_with_a_hole_has_no_mean_over_the_rest():
+    runs = [made_up("sfa", two((0.5, 0.5)), n, kl_from_anchor=k) for n, k in enumerate((1.0, None))]
+    (group,) = group_runs(runs)
+    by_key = {column.key: column for column in result_columns([group])}
+    assert by_key["kl_from_anchor"].text(group) == "-"

@@ -21,7 +21,7 @@ from stockpot.report.findings import headline
 from stockpot.report.table import group_runs, to_markdown
 from stockpot.report.write import read_pools, render_page, write_report
 from support.experiments import run_file, write_experiment
-from support.records import THREE, write_made_up
+from support.records import TEN, THREE, write_made_up
 from support.reports import T2
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source"}
@@ -209,13 +209,15 @@ def test_a_page_that_reloads_says_how_often_and_others_do_not(tmp_path):
     assert refresh not in Page(write_report(folder)).tags
 
 
-def test_the_page_says_how_many_runs_were_planned(tmp_path):
+def test_the_page_says_how_many_runs_were_planned_and_which_failed(tmp_path):
     path = write_experiment(tmp_path, "[sequential, {name: l2, strength: 1e30}]")
     outcome = run_file(path, tmp_path / "out", ["training.optimizer=sgd"])
     assert len(outcome.failures) == 1
     (experiment,) = Page(write_report(tmp_path / "out")).data()["experiments"]
     assert (experiment["finished"], experiment["planned"]) == (1, 2)
-    assert "1 of 2 runs are not finished" in experiment["answer"]
+    assert experiment["failed"] == 1
+    assert "1 of 2 runs failed" in experiment["answer"]
+    assert any("l2-strength1e+30-seed0 failed: " in gap for gap in experiment["gaps"])
 
 
 def test_an_interrupted_experiment_can_be_reported(tmp_path):
@@ -243,6 +245,20 @@ def test_nothing_is_written_where_there_is_nothing_to_report(tmp_path):
     with pytest.raises(StockpotError, match="nothing to report"):
         write_report(folder)
     assert sorted(folder.iterdir()) == before
+
+
+def test_a_large_record_stays_under_eight_megabytes(tmp_path):
+    """20 tasks, 10 methods, 3 seeds, with all that can be measured while they train."""
+    tasks = [f"task {n}" for n in range(1, 21)]
+    folder = write_made_up(
+        tmp_path / "run", tasks=tasks, methods=TEN, seeds=(0, 1, 2), every=10, line=11
+    )
+    (pool,) = read_pools([folder])
+    document = describe_pool(pool)
+    assert (len(document["runs"]), document["gaps"]) == (30, [])
+    taken = sum(len(run["during"]) for run in document["runs"])
+    assert taken * 20 == len((folder / "curves.jsonl").read_text().splitlines())
+    assert 3e6 < len(render_page([document], "now").encode()) < 8e6
 
 
 # The command.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -14,6 +15,11 @@ import numpy as np
 from scipy import stats
 
 from support.records import read_lines
+
+
+@functools.cache
+def _lines(path: Path) -> tuple[dict[str, Any], ...]:
+    return tuple(read_lines(path))
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Oracle:
                 self.R[line["run"]][row, column] = line["value"]
 
     def lines(self, log: str) -> list[dict[str, Any]]:
-        return read_lines(self.folder / f"{log}.jsonl")
+        return list(_lines(self.folder / f"{log}.jsonl"))
 
     @property
     def settings(self) -> list[Setting]:

@@ -191,7 +191,7 @@ class Opened:
 
     def quiet(self) -> None:
         """Nothing was complained of, and nothing asked for but the page itself."""
-        assert self.problems == []
+        assert not self.problems, self.problems[:5]
         local = (self.path.as_uri(), "data:", "blob:")  # the page itself, and what it makes
         assert [url for url in self.requests if not url.startswith(local)] == []
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from stockpot.report.document import describe_pool
 from stockpot.report.pooling import Pool
-from stockpot.report.write import read_pools
+from stockpot.report.write import read_pools, render_page
 
 SFA = "sfa-p=0.25-beta=0.5-seed0"
 LOGS = ("scores", "stages", "merges", "curves", "lines")
@@ -27,3 +27,11 @@ def numbers(pool: Pool) -> dict[str, Any]:
     """All numbers of every run."""
     keys = ("R", "b", "metrics", "trained", "merges", "curves", "lines", "scores", "finished")
     return {run["run"]: {key: run[key] for key in keys} for run in pool.runs}
+
+
+def write_page(*folders: Path) -> Path:
+    """The page alone, beside the first folder, without the tables and figures for papers."""
+    page = folders[0].with_suffix(".html")
+    documents = [describe_pool(pool) for pool in read_pools(folders)]
+    page.write_text(render_page(documents, "now"), encoding="utf-8")
+    return page

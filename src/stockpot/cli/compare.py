@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 import traceback
@@ -141,6 +142,7 @@ def compare(
         "--run-programs": run_programs or None,
     }
     _check(models, task, stream, same_items, options)
+    _check_markdown(markdown)
     try:
         bound = _limit(max_forgetting, strict)
         if models:
@@ -186,6 +188,21 @@ def _check(
                 f"{', '.join(given)}: is for two models, with --task FILE or --stream "
                 "EXPERIMENT.yaml; runs are compared by the items they kept"
             )
+
+
+def _check_markdown(target: str | None) -> None:
+    """Refuse what cannot be written before models are scored for an hour, not after."""
+    if target is None or target == _STDOUT:
+        return
+    path = Path(target)
+    if not target.strip():
+        raise ConfigError("--markdown: the file's name is empty; give one, or --markdown alone")
+    if path.is_dir():
+        raise ConfigError(f"--markdown {target}: is a folder; give a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--markdown {target}: there is no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--markdown {target}: may not be written to {str(path.parent)!r}")
 
 
 def _limit(value: float | None, strict: bool) -> Limit | None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["can_redraw", "complain", "waiting"]
+__all__ = ["can_redraw", "complain", "counted", "waiting"]
 
 
 def complain(message: str, head: str = "error") -> None:
@@ -21,6 +21,11 @@ def complain(message: str, head: str = "error") -> None:
     console = Console(stderr=True, soft_wrap=True)
     console.print(Text.assemble((f"{head}: ", "bold red"), message))
     sys.stderr.flush()
+
+
+def counted(number: int, noun: str) -> str:
+    """``1 run``, ``1,200 runs``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def can_redraw(console: Console) -> bool:

@@ -12,7 +12,7 @@ from rich.control import Control
 from rich.live import Live
 from rich.segment import ControlType
 
-from stockpot.cli.output import can_redraw
+from stockpot.cli.output import can_redraw, counted
 from stockpot.cli.progress_state import Progress
 from stockpot.cli.progress_view import ProgressView
 from stockpot.experiment.observer import There
@@ -157,7 +157,7 @@ class LineObserver(Progress):
         """Say how much there is to do."""
         super().experiment_begins(plan, task_names, there)
         self._say(
-            f"{self.name}: {self.total:,} runs over {len(task_names):,} tasks, "
+            f"{self.name}: {counted(self.total, 'run')} over {counted(len(task_names), 'task')}, "
             f"{self.time_left.steps:,} optimizer steps to train"
         )
 

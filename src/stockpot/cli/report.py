@@ -86,25 +86,36 @@ def _print(pools: list[Pool], page: Path, console: Console) -> None:
         if len(pools) > 1:
             console.print(f"\n[bold]{escape(pool.name)}[/]", highlight=False)
         print_results(pool.finished)
-        left = pool.planned - len(pool.finished)
-        if left:
-            console.print(f"{left} of {pool.planned} runs are not finished.", highlight=False)
+        for count, words in ((pool.left, "are not finished"), (len(pool.failed), "failed")):
+            if count:
+                console.print(f"{count} of {pool.planned} runs {words}.", highlight=False)
     print_report(console, page)
 
 
 def _watch(folders: list[Path], output: Path | None, seconds: float, console: Console) -> None:
     """Make the page again and again; return when all runs are finished."""
+    from stockpot.errors import StockpotError
+    from stockpot.report.reading import experiment_folders
     from stockpot.report.write import read_pools, write_report
 
-    told = False
+    said = set()
+
+    def say(kind: str, text: str) -> None:
+        if kind not in said:
+            said.add(kind)
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     while True:
-        pools = read_pools(folders)
-        if all(len(pool.finished) >= pool.planned for pool in pools):
-            return
-        page = write_report(folders, output, refresh=max(1, round(seconds)))
-        if not told:
-            told = True
-            console.print(f"{page} is made again every {seconds:g} s; Ctrl-C stops.")
+        experiment_folders(folders)  # a wrong folder is an error; no score yet is not
+        try:
+            pools = read_pools(folders)
+        except StockpotError as error:
+            say("wait", f"{error}. Waiting for the first scores; Ctrl-C stops.")
+        else:
+            if all(pool.left <= 0 for pool in pools):
+                return
+            page = write_report(folders, output, refresh=max(1, round(seconds)))
+            say("made", f"{page} is made again every {seconds:g} s; Ctrl-C stops.")
         time.sleep(seconds)
 
 
@@ -117,6 +128,7 @@ def _as_json(pool: Pool) -> dict[str, Any]:
         "task_orders": pool.orders,
         "planned": pool.planned,
         "finished": len(pool.finished),
+        "failed": len(pool.failed),
         "answer": headline(pool.groups),
         "gaps": pool.gaps,
         "runs": [{k: v for k, v in run.items() if k not in _LOGS} for run in pool.runs],

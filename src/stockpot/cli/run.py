@@ -196,7 +196,9 @@ def _dry_run(experiment: Experiment, stream: Stream, as_json: bool) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
+    from stockpot.cli.output import counted
     from stockpot.experiment.plan import make_plan
 
     plan = make_plan(experiment, stream)
@@ -233,10 +235,10 @@ def _dry_run(experiment: Experiment, stream: Stream, as_json: bool) -> None:
     table.add_column("trained already by an earlier run")
     for row in rows:
         table.add_row(
-            row["run"],
+            Text(row["run"]),
             f"{row['steps']:,}",
             f"{row['steps_to_train']:,}",
-            ", ".join(row["shared_tasks"]),
+            Text(", ".join(row["shared_tasks"])),
         )
     console = Console()
     sizes = ", ".join(
@@ -244,11 +246,13 @@ def _dry_run(experiment: Experiment, stream: Stream, as_json: bool) -> None:
         for task in stream.tasks[:6]
     )
     more = f" and {len(stream.tasks) - 6} more" if len(stream.tasks) > 6 else ""
-    console.print(f"{stream.name}, {stream.scenario}: {sizes}{more}", highlight=False)
+    console.print(f"{stream.name}, {stream.scenario}: {sizes}{more}", highlight=False, markup=False)
     console.print(table)
     console.print(
-        f"{total['runs']} runs, {total['steps']:,} optimizer steps; what runs share is trained "
-        f"once, which saves {total['steps_saved']:,} and leaves {total['steps_to_train']:,}. "
-        f"Nothing was run; without --dry-run the record goes to {experiment.output}.",
+        f"{counted(total['runs'], 'run')}, {total['steps']:,} optimizer steps; what runs share is "
+        f"trained once, which saves {total['steps_saved']:,} and leaves "
+        f"{total['steps_to_train']:,}. Nothing was run; without --dry-run the record goes to "
+        f"{experiment.output}.",
         highlight=False,
+        markup=False,
     )

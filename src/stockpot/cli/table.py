@@ -14,6 +14,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from stockpot.cli.output import counted
 from stockpot.report.findings import YARDSTICKS, headline
 from stockpot.report.table import (
     Column,
@@ -61,7 +62,7 @@ def print_results(summary: Sequence[dict[str, Any]]) -> None:
         columns = [column for column in columns if column not in gone]
     first = summary[0]
     console.print(
-        f"{first['stream']}, {first['scenario']}, {len(tasks)} tasks; final scores",
+        f"{first['stream']}, {first['scenario']}, {counted(len(tasks), 'task')}; final scores",
         style="bold",
         highlight=False,
         markup=False,

@@ -120,6 +120,13 @@ def _model(side: str, source: str, common: dict[str, Any]) -> HuggingFace:
             "the built-in networks are compared by the items they kept: leave out --task and "
             "--stream"
         )
+    folder, colon, _ = source.rpartition(":")
+    if colon and (Path(folder) / "experiment.json").is_file():
+        raise ConfigError(
+            f"{side}: {source} names a setting of an experiment. To score two models give the "
+            f"folder of a run, {Path(folder) / 'runs' / 'RUN'}; to compare what the runs kept "
+            "leave out --task and --stream"
+        )
     try:
         return HuggingFace.model_validate({"id": source, **common})
     except ValidationError as error:

@@ -7,6 +7,7 @@ follow: ``@start``, ``@0``, or ``@math``, the name of the task that was trained.
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -70,6 +71,7 @@ def read_side(given: str, name: str) -> Side:
         DamagedRecordError: if the record cannot be read.
     """
     path, selection, stage = _split(given)
+    _check_complete(selection, stage, given, name)
     folder = path
     run = None
     if not (path / "experiment.json").is_file():
@@ -105,6 +107,16 @@ def _split(given: str) -> tuple[Path, str | None, str | None]:
     return Path(folder), selection, stage
 
 
+def _check_complete(selection: str | None, stage: str | None, given: str, name: str) -> None:
+    """Refuse a ``:`` or ``@`` with nothing behind it: often a script's variable that is empty."""
+    if selection is not None and not selection.strip():
+        raise ConfigError(f"{name}: {given}: there is no setting after ':'; leave it out for all")
+    if stage is not None and not stage.strip():
+        raise ConfigError(
+            f"{name}: {given}: there is no stage after '@'; leave it out for the last"
+        )
+
+
 def _check_folder(given: str, name: str, path: Path, experiment: Path) -> None:
     """Refuse what is neither an experiment's folder nor a run's, with a guess at what was meant."""
     if (experiment / "experiment.json").is_file() and path.parent.name == "runs" and path.is_dir():
@@ -114,11 +126,10 @@ def _check_folder(given: str, name: str, path: Path, experiment: Path) -> None:
         for folder in (above, above.parent):
             if (folder / "experiment.json").is_file():
                 runs = _finished_stages(folder)
-                settings = [_setting(run)[0] for run in runs]
                 raise ConfigError(
                     f"{name}: there is no {given}, and {folder.name} is an experiment. Write its "
                     f"runs as FOLDER:RUN, or as FOLDER:SETTING for all seeds"
-                    f"{nearest(path.name, {*runs, *settings})}"
+                    f"{_nearest(path.name, runs)}"
                 )
         raise ConfigError(f"{name}: there is no folder {str(path)!r}")
     if (path / "config.json").is_file():
@@ -162,17 +173,30 @@ def _select(runs: Iterable[str], selection: str | None, given: str, name: str) -
     settings = list(dict.fromkeys(_setting(run)[0] for run in runs))
     if plain in runs:
         return [plain]
-    chosen = [plain] if plain in settings else [s for s in settings if s.startswith(f"{plain}-")]
+    words = sorted(re.split(r"[-, ]+", plain))  # "sfa beta=0.5, p=0.25": any order will do
+    chosen = (
+        [plain] * (plain in settings)
+        or [s for s in settings if s.startswith(f"{plain}-")]
+        or [s for s in settings if sorted(re.split(r"[-, ]+", s)) == words]
+    )
     if len(chosen) > 1:
         raise ConfigError(
             f"{name}: {given} could be any of {len(chosen)} settings{listed('Choose', chosen)}"
         )
     if not chosen:
         raise ConfigError(
-            f"{name}: {given}: there is no finished run of {selection!r}"
-            f"{nearest(plain, {*settings, *runs})}"
+            f"{name}: {given}: there is no finished run of {selection!r}{_nearest(plain, runs)}"
         )
     return [run for run in runs if _setting(run)[0] == chosen[0]]
+
+
+def _nearest(name: str, runs: Iterable[str]) -> str:
+    """The run or setting that is most like ``name``; where none is, the settings there are."""
+    runs = list(runs)
+    settings = list(dict.fromkeys(_setting(run)[0] for run in runs))
+    if difflib.get_close_matches(name, [*settings, *runs], n=1):
+        return nearest(name, {*settings, *runs})
+    return listed("There are", settings)
 
 
 def listed(head: str, names: Iterable[str]) -> str:

@@ -211,7 +211,7 @@ def footnotes(result: Result) -> list[str]:
         n = min(shares)
         points = f"of {n:,} items that is {100 * LEAST_ITEMS / n:.1f} points"
         notes.append(
-            f"Less than {LEAST_ITEMS} whole items, all one way, is never called real: "
+            f"Fewer than {LEAST_ITEMS} whole items, all one way, are never called real: "
             + (points if n >= LEAST_ITEMS else f"{n} are too few for anything")
             + "."
         )

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,14 @@ class Record:
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Say which runs there will be, so that the folder can be read before they are finished."""
         write_json(self.folder / "plan.json", plan)
+
+    def write_failures(self, failures: Mapping[str, str]) -> None:
+        """Say which runs of this call stopped on an error, and why; none: no file."""
+        path = self.folder / "failures.json"
+        if failures:
+            write_json(path, dict(failures))
+        else:
+            path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:

@@ -141,6 +141,7 @@ class _Runner:
         gc.freeze()
         self.observer.experiment_begins(self.plan, names, self._there())
         failures: dict[str, str] = {}
+        self.record.write_failures(failures)  # those of an earlier call are tried again
         said: float | None = None
         try:
             for run in self.plan.runs:
@@ -150,6 +151,7 @@ class _Runner:
                     raise  # these concern all runs
                 except Exception as error:  # a method, a model or a library: the others go on
                     failures[run.id] = self._failure(run, error)
+                    self.record.write_failures(failures)
                     self.observer.run_failed(run, error)
                 if said is None or time.monotonic() - said > _SUMMARY_SECONDS:
                     said = time.monotonic()

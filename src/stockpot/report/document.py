@@ -57,6 +57,7 @@ def describe_pool(pool: Pool) -> dict[str, Any]:
         "orders": [[pool.tasks.index(task) for task in order] for order in pool.orders],
         "planned": pool.planned,
         "finished": len(pool.finished),
+        "failed": len(pool.failed),
         "seeds": sorted({run["seed"] for run in pool.runs}),
         "gaps": notes,
         "about": _about(pool),
@@ -108,9 +109,10 @@ def _answer(pool: Pool, done: Sequence[Group]) -> str:
     if not done:
         return "No run is finished yet: what there is of the running ones is below."
     text = headline(done)
-    left = pool.planned - len(pool.finished)
-    if text and left > 0:
-        text += f" {left} of {pool.planned} runs are not finished, so this may change."
+    if text and pool.left > 0:
+        text += f" {pool.left} of {pool.planned} runs are not finished, so this may change."
+    if text and pool.failed:
+        text += f" {len(pool.failed)} of {pool.planned} runs failed and are in none of this."
     return text
 
 
@@ -190,6 +192,7 @@ def _run(run: dict[str, Any], group: int, thin: int) -> dict[str, Any]:
         "seed": run["seed"],
         "order": run["order"],
         "finished": run["finished"],
+        "failed": run["failed"],
         "R": [None if row is None else [_short(v) for v in row] for row in run["R"]],
         "b": None if run["b"] is None else [_short(value) for value in run["b"]],
         "metrics": {key: _short(value) for key, value in run["metrics"].items()},

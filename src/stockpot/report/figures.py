@@ -264,6 +264,8 @@ def _heat_map(
     axes.set_facecolor("#eeeeee")  # rows that were never trained
     lines = textwrap.wrap(method_title(group), width=letters)
     axes.set_title("\n".join(lines), fontsize=7.5)
+    own = group.runs[0]["tasks"]
+    tasks = own if set(own) == set(tasks) else tasks  # it may have been trained in another order
     upright = len(tasks) <= 3 and max(map(len, tasks)) <= 8
     tasks = [literal(_clip(task, _LONGEST)) for task in tasks]
     if len(tasks) <= _NAMED:

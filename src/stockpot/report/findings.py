@@ -30,6 +30,11 @@ def headline(groups: Sequence[Group]) -> str:
     if not free:
         return ""
     best_score, best = free[0]
+    if not free[1:]:
+        return (
+            f"{method_title(best)} has {measure.text(best_score)} on average over the tasks; no "
+            "other method without old data is there to compare it with."
+        )
     first = (
         f"Without old data, {method_title(best)} does best on average over the tasks: "
         f"{measure.text(best_score)}"
@@ -42,8 +47,6 @@ def headline(groups: Sequence[Group]) -> str:
     picked = " Settings were picked on these same scores."
     if len(free) == len({group.method for _, group in free}):
         picked = ""
-    if not free[1:]:
-        return first
     return first + _rival(free, measure) + picked
 
 
@@ -62,26 +65,27 @@ def _rival(free: Sequence[Ranked], measure: Measure) -> str:
 
 
 def _price(best: Group, sequential: Group) -> str:
-    """``, for 1.2 times its training time and 0.2 MB kept between tasks``; nothing if unknown."""
+    """``, in 1.2 times its training time, keeping 0.2 MB between tasks``; nothing if unknown."""
     parts = []
     spent, base = best.metric("seconds"), sequential.metric("seconds")
     if spent and base and base.mean > 0:
         ratio = spent.mean / base.mean
         same = abs(ratio - 1) < _SAME_TIME
-        parts.append("about its training time" if same else f"{ratio:.2g} times its training time")
+        times = f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
+        time = "about the same training time" if same else f"{times} times its training time"
+        parts.append(f"in {time}")
     stored = best.metric("stored_bytes")
     if stored:
-        parts.append(
-            f"{size_text(stored.mean)} kept between tasks" if stored.mean else "no storage"
-        )
-    return f", for {' and '.join(parts)}" if parts else ""
+        size = size_text(stored.mean) if stored.mean else "nothing"
+        parts.append(f"keeping {size} between tasks")
+    return "".join(f", {part}" for part in parts)
 
 
 def size_text(size: float) -> str:
     """``3.2 MB``: bytes with a decimal unit."""
     value, unit = size, "bytes"
     for larger in ("kB", "MB", "GB", "TB"):
-        if value < 1000:
+        if float(f"{value:.3g}") < 1000:
             break
         value, unit = value / 1000, larger
     return f"{value:.3g} {unit}"

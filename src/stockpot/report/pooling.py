@@ -56,6 +56,16 @@ class Pool:
         return max(len(self.runs), sum(record.planned for record in self.records) - self.doubles)
 
     @property
+    def failed(self) -> list[dict[str, Any]]:
+        """The runs that stopped on an error."""
+        return [run for run in self.runs if run["failed"] and not run["finished"]]
+
+    @property
+    def left(self) -> int:
+        """How many runs are still to come."""
+        return self.planned - len(self.finished) - len(self.failed)
+
+    @property
     def finished(self) -> list[dict[str, Any]]:
         """The runs that went through the whole stream."""
         return [run for run in self.runs if run["finished"]]

@@ -31,6 +31,8 @@ from stockpot.report.shapes import (
 
 __all__ = ["Recorded", "experiment_folders", "read_record"]
 
+_MOST_ALIKE = 3
+"""Runs that lack the same and are named one by one."""
 _MOST_SAID = 12
 """Lines that are named one by one."""
 _SAME_LINE = {
@@ -79,6 +81,8 @@ def experiment_folders(paths: Sequence[Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for path in paths:
+        if path.is_file():
+            raise StockpotError(f"{path} is a file; give the run folder that it is in")
         if not path.is_dir():
             raise StockpotError(
                 f"{path} is no run folder: there is no such folder. Give one that `stockpot run` "
@@ -118,11 +122,31 @@ def read_record(folder: Path) -> Recorded:
         run.update(about)
         reader.gaps += fill(run, tasks, own, summary.get(run["run"]), bool(logs["scores"]))
     reader.gaps += not_measured(runs, described, tasks)
-    errors = sorted(path.parent.name for path in folder.glob("runs/*/error.txt"))
-    reader.gaps += [f"run {run} stopped on an error (runs/{run}/error.txt)" for run in errors]
+    failures = reader.failures()
+    for run in runs:
+        run["failed"] = failures.get(run["run"], "")
     yaml = reader.yaml()
     planned = max(len(runs), described.get("planned", 0))
-    return Recorded(folder, described, yaml, environment, tasks, runs, planned, reader.gaps)
+    gaps = _together(reader.gaps)
+    whole = {run["run"] for run in runs if run["finished"]}
+    gaps += [f"run {name} failed: {why}" for name, why in failures.items() if name not in whole]
+    return Recorded(folder, described, yaml, environment, tasks, runs, planned, gaps)
+
+
+def _together(gaps: Sequence[str]) -> list[str]:
+    """What is said of many runs alike, said once."""
+    found: dict[str, list[str]] = {}
+    for gap in gaps:
+        named = re.fullmatch(r"run (\S+?): (.*)", gap, re.S)
+        run, text = named.groups() if named else ("", gap)
+        found.setdefault(text, []).append(run)
+    lines = []
+    for text, runs in found.items():
+        if len(runs) > _MOST_ALIKE:
+            lines.append(f"{len(runs)} runs ({runs[0]}, {runs[1]}, ...): {text}")
+        else:
+            lines += [f"run {run}: {text}" if run else text for run in runs]
+    return lines
 
 
 class _Reader:
@@ -141,6 +165,16 @@ class _Reader:
         except OSError as error:
             self.gaps.append(f"{name} cannot be read: {error.strerror or error}")
         return b""
+
+    def failures(self) -> dict[str, str]:
+        """Runs that stopped on an error, and why."""
+        value = self._json("failures.json", needed=False)
+        if value is not None and not isinstance(value, dict):
+            self.gaps.append("failures.json is damaged: it holds no mapping")
+        found = value if isinstance(value, dict) else {}
+        traces = sorted(path.parent.name for path in self.folder.glob("runs/*/error.txt"))
+        held = {run: f"see runs/{run}/error.txt" for run in traces}
+        return {**held, **{run: str(reason) for run, reason in found.items()}}
 
     def yaml(self) -> str:
         """The experiment's file, which is only shown."""

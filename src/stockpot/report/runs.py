@@ -57,8 +57,7 @@ def fill(
     run.update(
         {
             "tasks": list(tasks),
-            "metric": (metrics.pop() if len(metrics) == 1 else (held or {}).get("metric"))
-            or "score",
+            "metric": _one_of(metrics or {(held or {}).get("metric")}),
             "better": "lower" if better == "lower" else "higher",
             "R": R,
             "b": b if b is not None and None not in b else None,
@@ -79,6 +78,11 @@ def fill(
         )
     run["metrics"] = _metrics(run, stages, not unknown, held)
     return gaps
+
+
+def _one_of(metrics: set[str | None]) -> str:
+    """The metric that all scores are of; tasks may have metrics of their own."""
+    return (next(iter(metrics)) if len(metrics) == 1 else None) or "score"
 
 
 def _rows(scores: Sequence[Line], tasks: Sequence[str]) -> dict[str | None, list[float | None]]:

@@ -46,7 +46,7 @@ DARK_COLOURS = {
 }
 METHOD_MARKERS = {
     "sfa": "o",
-    "wise-ft": "h",
+    "wise-ft": ">",
     "l2": "s",
     "l1": "p",
     "ewc": "^",
@@ -60,7 +60,7 @@ METHOD_MARKERS = {
 # Plotly's names of the same markers.
 _SYMBOLS = {
     "o": "circle",
-    "h": "hexagon",
+    ">": "triangle-right",
     "s": "square",
     "p": "pentagon",
     "^": "triangle-up",

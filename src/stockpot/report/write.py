@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections.abc import Sequence
 from importlib.resources import files
@@ -63,14 +65,31 @@ def write_report(
     if output is None:
         single = len(pools) == 1 and len(pools[0].records) == 1
         output = pools[0].records[0].folder if single else Path("report")
-    with space_errors(output):
-        output.mkdir(parents=True, exist_ok=True)
+    _make_folder(output)
     for number, pool in enumerate(pools, 1):
         _write_tables(pool, output if len(pools) == 1 else output / f"experiment-{number}")
     page = output / "report.html"
     described = [describe_pool(pool) for pool in pools]
     write_text(page, render_page(described, _last_change(pools), refresh))
     return page
+
+
+def _make_folder(output: Path) -> None:
+    """The folder to write to; refused before anything is drawn.
+
+    Raises:
+        StockpotError: if it cannot be made or written to.
+    """
+    try:
+        with space_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise StockpotError(
+            f"the report cannot be written to {output}: {error.strerror}. Choose another folder "
+            "with --output"
+        ) from error
 
 
 def _write_tables(pool: Pool, folder: Path) -> None:

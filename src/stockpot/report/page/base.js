@@ -15,8 +15,8 @@ const stockpot = (() => {
     node.append(...children.filter((child) => child !== null && child !== undefined));
     return node;
   }
-  // Plotly reads a few tags in texts; names are to be shown as they are.
-  const esc = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/%\{/g, "%&#123;");
+  // Plotly reads a few tags, %{...} and $...$ in texts; names are to be shown as they are.
+  const esc = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/%\{/g, "%&#123;").replace(/\$/g, "&#36;");
   const clip = (text, most) => (text.length > most ? `${text.slice(0, most - 1)}…` : text);
   function wrap(text, width) {
     const lines = [""];
@@ -219,6 +219,9 @@ const stockpot = (() => {
   const orderText = (run) => (page.now.orders.length > 1 ? `, task order ${run.order + 1}` : "");
   // The column of task n (of the first order) in a run's own R.
   const columnOf = (run, n) => page.now.orders[run.order].indexOf(n);
+  // What goes along the stream is shown for one task order: the first that a group's runs have.
+  const orderOf = (group) => Math.min(...runsOf(group).map((run) => run.order));
+  const inOneOrder = (group) => runsOf(group).filter((run) => run.order === orderOf(group));
   function scoresText(run) {
     const last = run.R[run.R.length - 1];
     return page.now.tasks.slice(0, 8).map((task, n) => {
@@ -226,5 +229,5 @@ const stockpot = (() => {
       return `${clip(task, 30)}: ${value === null || value === undefined ? "–" : withUnit(number(value, page.now.measure), page.now.measure.unit)}`;
     }).concat(page.now.tasks.length > 8 ? [`and ${page.now.tasks.length - 8} more tasks`] : []);
   }
-  return { page, dark, el, esc, clip, wrap, known, least, most, mean, interval, number, withUnit, intervalText, axisTitle, sign, css, colour, symbol, faded, taskColour, layout, figure, card, Plot, select, check, refresh, saveText, runsOf, finishedOf, best, average, shownGroups, hover, orderText, columnOf, scoresText };
+  return { page, dark, el, esc, clip, wrap, known, least, most, mean, interval, number, withUnit, intervalText, axisTitle, sign, css, colour, symbol, faded, taskColour, layout, figure, card, Plot, select, check, refresh, saveText, runsOf, finishedOf, best, average, shownGroups, hover, orderText, columnOf, orderOf, inOneOrder, scoresText };
 })();

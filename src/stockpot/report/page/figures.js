@@ -66,8 +66,8 @@
   }
 
   // Score matrices.
-  function matrixOf(group) { // mean over the runs of the first task order
-    const runs = stockpot.runsOf(group).filter((run) => run.order === 0);
+  function matrixOf(group) { // mean over the runs of one task order
+    const runs = stockpot.inOneOrder(group);
     return page.now.tasks.map((_, t) => {
       const rows = runs.map((run) => run.R[t]).filter((row) => row);
       return page.now.tasks.map((_, i) => {
@@ -87,12 +87,12 @@
   function drawMatrix(group, limits) {
     const m = page.now.measure;
     const z = matrixOf(group);
-    const tasks = page.now.tasks;
+    const tasks = page.now.orders[stockpot.orderOf(group)].map((n) => page.now.tasks[n]);
     const few = tasks.length <= 8;
     const axis = few
       ? { tickvals: tasks.map((_, n) => n), ticktext: tasks.map((t) => esc(stockpot.clip(t, 14))), tickangle: tasks.length <= 3 ? 0 : -40 }
       : { tickvals: tasks.map((_, n) => n).filter((n) => n % Math.ceil(tasks.length / 6) === 0), ticktext: tasks.map((_, n) => n + 1).filter((n) => (n - 1) % Math.ceil(tasks.length / 6) === 0) };
-    const runs = stockpot.runsOf(group).filter((run) => run.order === 0 && run.R.some((row) => row)).length;
+    const runs = stockpot.inOneOrder(group).filter((run) => run.R.some((row) => row)).length;
     return {
       data: [{
         type: "heatmap", z, zmin: limits[0], zmax: limits[1], colorscale: "Viridis", reversescale: m.better === "lower", xgap: few ? 2 : 0.5, ygap: few ? 2 : 0.5, showlegend: false, meta: { points: z.flat().filter((v) => v !== null).length },

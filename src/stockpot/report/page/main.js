@@ -8,7 +8,7 @@
     const plural = (n, word) => `${n} ${word}${n === 1 ? "" : "s"}`;
     const facts = [x.about.stream, x.about.scenario, plural(x.tasks.length, "task"), x.about.model, plural(x.seeds.length, "seed")];
     if (x.orders.length > 1) facts.push(plural(x.orders.length, "task order"));
-    facts.push(`${x.finished} of ${plural(x.planned, "run")} finished`);
+    facts.push(`${x.finished} of ${plural(x.planned, "run")} finished${x.failed ? `, ${x.failed} failed` : ""}`);
     const nodes = [el("h1", {}, x.name), el("p", { class: "faint" }, facts.filter(Boolean).join(" · "))];
     if (page.experiments.length > 1) {
       const options = page.experiments.map((e, n) => [String(n), `${n + 1}. ${e.name}${page.experiments.filter((o) => o.name === e.name).length > 1 ? ` (${e.how[0].folder})` : ""}`]);
@@ -17,7 +17,9 @@
     if (x.answer) nodes.push(el("p", { class: "answer", id: "answer" }, x.answer));
     if (x.gaps.length) {
       const list = el("ul", {}, ...x.gaps.slice(0, 40).map((gap) => el("li", {}, gap)), x.gaps.length > 40 ? el("li", {}, `and ${x.gaps.length - 40} more`) : null);
-      nodes.push(el("div", { class: "warn", id: "gaps" }, el("b", {}, "Not all of the record could be used. "), "What follows is made from the rest.", list));
+      const words = [el("b", {}, x.failed && x.gaps.length === x.failed ? "Some runs failed. " : "Not all of the record could be used. "), "What follows is made from the rest."];
+      const shown = x.gaps.length > 4 ? el("details", {}, el("summary", {}, `${x.gaps.length} notes`), list) : list;
+      nodes.push(el("div", { class: "warn", id: "gaps" }, ...words, shown));
     }
     document.getElementById("head").replaceChildren(...nodes);
   }

@@ -53,7 +53,7 @@
   stockpot.plane = { pareto, hypervolume };
 
   function box(x, y) { // the reference point and the ideal, with words for them
-    if (page.now.measure.unit === "%") return { reference: [0, 0], ideal: [1, 1], words: "from 0 to 100 %" };
+    if (page.now.measure.unit === "%") return { reference: [0, 0], ideal: [1, 1], words: "from 0 to 100 % on both axes" };
     const starts = page.now.runs.filter((run) => run.b);
     if (!starts.length) return null;
     return { reference: [mean(starts.map((run) => scoreOf(run, x, run.b))), mean(starts.map((run) => scoreOf(run, y, run.b)))], ideal: [0, 0], words: "from the starting model to a loss of 0" };
@@ -72,7 +72,7 @@
       return {
         type: "scatter", mode: "markers+text", x: own.map((p) => p.x.mean * s), y: own.map((p) => p.y.mean * s), name: page.now.methods[method].title, meta: { method, points: own.length },
         error_x: spread("x"), error_y: spread("y"),
-        text: own.map((p) => labels.get(p.group) || ""), textposition: "top right", textfont: { size: 10.5, color: colour(method) }, cliponaxis: false,
+        text: own.map((p) => (window.innerWidth < 620 ? "" : labels.get(p.group) || "")), textposition: "top right", textfont: { size: 10.5, color: css("--faint") }, cliponaxis: false,
         marker: { color: colour(method), symbol: own.map((p) => symbol(method) + (page.now.groups[p.group]["left out"] ? "-open" : "")), size: method === "multitask" ? 16 : 10, line: { color: css("--card"), width: 1 } },
         hovertemplate: own.map((p) => `${hover(p.group, [`across: ${intervalText(p.x, m)}`, `up: ${intervalText(p.y, m)}`, `${p.x.n} run${p.x.n > 1 ? "s" : ""} (seed ${p.runs.map((r) => r.seed).join(", ")})`])}<extra></extra>`),
       };
@@ -165,7 +165,7 @@
     };
   }
   function notes(competitors, front, x, y, dashed) {
-    const found = [`Further up and further right is better${page.now.measure.better === "lower" ? " (the axes of a loss run backwards)" : ""}. Each point is a method at one setting, mean over its runs${state.bars ? " with 95 % intervals" : ""}; a number beside it is the value of the setting its curve runs along. Dotted lines: the starting model.`];
+    const found = [`Further up and further right is better${page.now.measure.better === "lower" ? " (the axes of a loss run backwards)" : ""}. Each point is a method at one setting, mean over its runs${state.bars ? " with 95 % intervals" : ""}${window.innerWidth < 620 ? "" : "; a number beside it is the value of the setting its curve runs along"}. Dotted lines: the starting model.`];
     if (dashed.length) found.push(" Dashed lines: a model trained on that alone.");
     if (state.front) found.push(` Grey line: the Pareto set of the methods that keep no old data (${front.length} setting${front.length === 1 ? "" : "s"}): no other setting of the means shown is better on one axis and as good on the other; chance is not taken into account.`);
     const frame = box(x, y);
@@ -173,7 +173,7 @@
       const volumes = Object.keys(page.now.methods).map((method) => [method, competitors.filter((p) => page.now.groups[p.group].method === method)]).filter(([, own]) => own.length)
         .map(([method, own]) => [page.now.methods[method].title, hypervolume(own, frame.reference, frame.ideal)]).sort((a, b) => b[1] - a[1]);
       const text = [["all of them", hypervolume(competitors, frame.reference, frame.ideal)], ...volumes].map(([name, v]) => `${name} ${v.toFixed(3)}`).join(", ");
-      found.push(el("br"), el("b", {}, "Hypervolume"), ` (share of the box ${frame.words} that a method's settings dominate; 1 is ideal): `, el("span", { id: "hypervolume" }, text), ". Methods with more settings have it easier.");
+      found.push(el("br"), el("b", {}, "Hypervolume"), ` (share of the box ${frame.words} that a method's settings dominate; 1 is all of it): `, el("span", { id: "hypervolume" }, text), ". Methods with more settings have it easier.");
     }
     return found;
   }

@@ -2,7 +2,7 @@
 // Over the stream: every task's curve with merge marks (Fig. 2), one task under every method
 // (Fig. 12), training loss (Fig. 11), and the loss along the line from the anchor.
 (() => {
-  const { page, esc, clip, mean, interval, intervalText, axisTitle, css, colour, faded, taskColour, runsOf, best, shownGroups, hover } = stockpot;
+  const { page, esc, clip, mean, interval, intervalText, axisTitle, css, colour, faded, taskColour, runsOf, orderOf, inOneOrder, best, shownGroups, hover } = stockpot;
   const has = (method) => page.now.methods[method] !== undefined;
   const begun = (n) => runsOf(n).some((run) => run.stages.some((stage) => stage.losses));
   const offsets = (run) => run.stages.reduce((all, stage) => [...all, all[all.length - 1] + stage.steps], [0]);
@@ -23,12 +23,12 @@
     });
     return found.sort(inOrder);
   }
-  // The mean over a group's runs of the first task order: [step, moment, [interval a task]].
+  // The mean over a group's runs of one task order: [step, moment, [interval a task]].
   const cache = new Map();
   function meanPath(group) {
     const key = `${page.experiments.indexOf(page.now)} ${group}`;
     if (!cache.has(key)) {
-      const runs = runsOf(group).filter((run) => run.order === 0 && run.stages.some((stage) => stage.losses));
+      const runs = inOneOrder(group).filter((run) => run.stages.some((stage) => stage.losses));
       const points = new Map();
       for (const run of runs) {
         for (const [step, moment, row, stage] of path(run)) {
@@ -39,7 +39,8 @@
       }
       const rows = [...points.values()].sort(inOrder);
       cache.set(key, rows.map(([step, moment, values]) => [step, moment, page.now.tasks.map((_, i) => {
-        const cells = values.map((row) => row[i]).filter((v) => v !== null);
+        const column = page.now.orders[orderOf(group)].indexOf(i);
+        const cells = values.map((row) => row[column]).filter((v) => v !== null);
         return cells.length ? interval(cells) : null;
       })]));
     }
@@ -55,10 +56,13 @@
     const most = window.innerWidth < 620 ? 4 : 12;
     run.stages.forEach((stage, n) => {
       if (n) shapes.push({ type: "line", yref: "paper", y0: 0, y1: 1, x0: from[n], x1: from[n], line: { dash: "dot", width: 1, color: css("--faint") }, layer: "below" });
-      if (run.stages.length <= most && stage.tasks.length === 1) annotations.push({ x: (from[n] + from[n + 1]) / 2, y: 1, yref: "paper", yanchor: "bottom", showarrow: false, text: esc(clip(page.now.tasks[stage.tasks[0]], 16)), font: { size: 12, color: css("--faint") } });
+      if (run.stages.length <= most && stage.tasks.length === 1) annotations.push({ x: (from[n] + from[n + 1]) / 2, y: 1, yref: "paper", yanchor: "bottom", showarrow: false, text: esc(clip(page.now.tasks[page.now.orders[run.order][stage.tasks[0]]], 16)), font: { size: 12, color: css("--faint") } });
     });
     return height;
   }
+
+  // A run of several groups whose borders between tasks are shown; joint training has none.
+  const longest = (groups) => groups.flatMap(inOneOrder).filter((r) => r.stages.length > 1).sort((p, q) => p.order - q.order)[0];
 
   // Fig. 2.
   const picked = { a: null, b: null };
@@ -69,7 +73,7 @@
     const tasks = page.now.tasks;
     const shapes = [];
     const annotations = [];
-    const run = runsOf(group).find((r) => r.order === 0 && r.stages.length) || runsOf(group)[0];
+    const run = inOneOrder(group).find((r) => r.stages.length) || runsOf(group)[0];
     borders(run, shapes, annotations);
     const data = tasks.map((task, i) => {
       const own = rows.filter((row) => row[2][i]);
@@ -96,7 +100,7 @@
         yaxis: { title: { text: axisTitle(m.name, m.unit) }, ...(m.unit === "%" ? { range: [-2, 102] } : {}), zeroline: false },
         yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
       },
-      note: `${lower ? "Lower is better. " : ""}${page.now.groups[group].title}, mean over its runs${page.now.orders.length > 1 ? " of the first task order" : ""}.${merges.length ? " Triangles and faint lines: merge events (averages with the anchor)." : ""}`,
+      note: `${lower ? "Lower is better. " : ""}${page.now.groups[group].title}, mean over its runs${page.now.orders.length > 1 ? ` of ${orderOf(group) ? `task order ${orderOf(group) + 1}` : "the first task order"}` : ""}.${merges.length ? " Triangles and faint lines: merge events (averages with the anchor)." : ""}`,
     };
   }
   function curveGroups() {
@@ -140,7 +144,7 @@
         hovertemplate: own.map((r) => `${hover(group, [`step ${r[0].toLocaleString("en")}, ${MOMENTS[r[1]]}`, intervalText(r[2][one.task], m), `mean of ${r[2][one.task].n} runs`])}<extra></extra>`),
       });
     }
-    const run = page.now.runs.find((r) => r.order === 0 && r.stages.length > 1);
+    const run = longest(groups);
     if (run) borders(run, shapes, annotations);
     return {
       data,
@@ -163,7 +167,7 @@
     for (const group of shownGroups()) {
       const method = page.now.groups[group].method;
       const points = new Map();
-      for (const run of runsOf(group).filter((r) => r.order === 0)) {
+      for (const run of inOneOrder(group)) {
         const from = offsets(run);
         run.stages.forEach((stage, n) => (stage.losses || []).forEach(([step, loss]) => {
           const at = from[n] + step;
@@ -177,7 +181,7 @@
         hovertemplate: `${hover(group, [])}<br>step %{x:,}: %{y:.4f}<extra></extra>`,
       });
     }
-    const run = page.now.runs.find((r) => r.order === 0 && r.stages.length > 1);
+    const run = longest(shownGroups());
     if (run) borders(run, shapes, annotations);
     return {
       data,
@@ -197,7 +201,7 @@
     const share = line.metric === "accuracy";
     for (const group of shownGroups()) {
       const method = page.now.groups[group].method;
-      const own = runsOf(group).filter((run) => run.order === 0).map((run) => run.line.find(([stage, task, metric]) => stage === line.stage && task === line.task && metric === line.metric)).filter(Boolean);
+      const own = inOneOrder(group).map((run) => run.line.find(([stage, task, metric]) => stage === line.stage && task === stockpot.columnOf(run, line.task) && metric === line.metric)).filter(Boolean);
       if (!own.length) continue;
       const alphas = [...new Set(own.flatMap((l) => l[3].map(([alpha]) => alpha)))].sort((p, q) => p - q);
       const at = own.map((l) => new Map(l[3])); // a point may be missing in one of the runs
@@ -211,7 +215,7 @@
     return {
       data,
       layout: { height: 400, xaxis: { title: { text: "from the anchor (0) to the model after the task (1)" }, zeroline: false }, yaxis: { title: { text: share ? `accuracy on ${clip(page.now.tasks[line.task], 36)} (%)` : `held-out loss on ${clip(page.now.tasks[line.task], 36)} (nats)` }, zeroline: false } },
-      note: "Weights between the anchor and the model, (1 − α) θₒ + α θ. A hill between the ends is a barrier; where there is none, averages are safe.",
+      note: "Weights between the anchor and the model, (1 − α) θₒ + α θ. A hill between the ends is a barrier: averages there are worse than both. Where there is none, the line shows what an average of the two gives up and what it keeps.",
     };
   }
   stockpot.addLine = () => {

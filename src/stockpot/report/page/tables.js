@@ -2,7 +2,7 @@
 // Sortable tables with downloads, and how the experiment was made.
 (() => {
   const { page, el, esc, number, colour, symbol } = stockpot;
-  const SHAPES = { circle: "M8 2a6 6 0 1 0 .01 0z", square: "M2.5 2.5h11v11h-11z", diamond: "M8 1l7 7-7 7-7-7z", cross: "M5.5 1.5h5v4h4v5h-4v4h-5v-4h-4v-5h4z", x: "M2 5l3-3 3 3 3-3 3 3-3 3 3 3-3 3-3-3-3 3-3-3 3-3z", "triangle-up": "M8 2l7 12H1z", "triangle-down": "M8 14L1 2h14z", "triangle-left": "M2 8l12-7v14z", pentagon: "M8 1l7 5.2-2.7 8.3H3.7L1 6.2z", hexagon: "M4.5 2h7l3.5 6-3.5 6h-7L1 8z", star: "M8 .8l2.2 4.7 5.1.6-3.8 3.5 1 5.1L8 12.2l-4.5 2.5 1-5.1L.7 6.1l5.1-.6z" };
+  const SHAPES = { circle: "M8 2a6 6 0 1 0 .01 0z", square: "M2.5 2.5h11v11h-11z", diamond: "M8 1l7 7-7 7-7-7z", cross: "M5.5 1.5h5v4h4v5h-4v4h-5v-4h-4v-5h4z", x: "M2 5l3-3 3 3 3-3 3 3-3 3 3 3-3 3-3-3-3 3-3-3 3-3z", "triangle-up": "M8 2l7 12H1z", "triangle-down": "M8 14L1 2h14z", "triangle-left": "M2 8l12-7v14z", "triangle-right": "M14 8L2 1v14z", pentagon: "M8 1l7 5.2-2.7 8.3H3.7L1 6.2z", star: "M8 .8l2.2 4.7 5.1.6-3.8 3.5 1 5.1L8 12.2l-4.5 2.5 1-5.1L.7 6.1l5.1-.6z" };
   stockpot.mark = (method) => {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     svg.setAttribute("viewBox", "0 0 16 16");
@@ -71,7 +71,7 @@
   };
 
   stockpot.addRunning = () => {
-    const open = page.now.runs.filter((run) => !run.finished);
+    const open = page.now.runs.filter((run) => !run.finished && !run.failed);
     if (!open.length) return;
     const held = stockpot.card("running", `Not finished: ${open.length} of ${page.now.planned} runs`);
     const m = page.now.measure;
