@@ -121,6 +121,9 @@ def test_a_share_has_an_axis_of_shares(both):
     values = [value for value, _ in page.ticks("average", "x")]
     assert min(values) == 0
     assert max(values) <= 102
+    frame = page.page.locator("#plot-average .nsewdrag").first.bounding_box()
+    assert frame is not None
+    assert page.value_at("average", "x", frame["x"]) == pytest.approx(0, abs=0.2)
 
 
 def test_rehearsal_is_a_band(digits_page, digits):

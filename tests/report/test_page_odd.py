@@ -3,7 +3,6 @@
 import json
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -211,7 +210,7 @@ def test_gaps_are_said_at_the_top(tmp_path, visit):
     (folder / "environment.json").unlink()
     page: Opened = visit(write_page(folder))
     gaps = page.page.locator("#gaps li").all_inner_texts()
-    count = len(read_lines_or_less(folder / "scores.jsonl"))
+    count = len((folder / "scores.jsonl").read_text().splitlines())
     assert gaps == [
         "environment.json is missing",
         f"scores.jsonl: line {count} cannot be read and is left out",
@@ -219,8 +218,16 @@ def test_gaps_are_said_at_the_top(tmp_path, visit):
     page.quiet()
 
 
-def read_lines_or_less(path: Path) -> list[str]:
-    return path.read_text().splitlines()
+def test_runs_that_failed_are_said_and_not_waited_for(tmp_path, visit):
+    folder = write_made_up(tmp_path / "run", stages={SFA: 1})
+    (folder / "failures.json").write_text(json.dumps({SFA: f"the loss is nan {ALERT}"}))
+    page: Opened = visit(write_page(folder))
+    page.draw_all()
+    assert "5 of 6 runs finished, 1 failed" in page.page.locator("header").inner_text()
+    gaps = page.page.locator("#gaps li").all_inner_texts()
+    assert gaps == [f"run {SFA} failed: the loss is nan {ALERT}"]
+    assert page.page.locator("#running").count() == 0
+    page.quiet()
 
 
 # Few.
