@@ -35,6 +35,7 @@ benchmarks: $(VENV)/.installed-dev  ## steps per second against a bare loop (AVA
 	$(BIN)/python benchmarks/averaging.py
 	$(BIN)/python benchmarks/merge_vs_mergekit.py
 	$(BIN)/python benchmarks/tokenising.py  # needs STOCKPOT_DATA, or a network
+	$(BIN)/python benchmarks/report_page.py  # needs chromium
 
 clean:  ## remove the virtual environment and caches; runs/ stays
 	rm -rf $(VENV) $(VENV_COMPOSER) .mypy_cache .ruff_cache .pytest_cache .hypothesis
