@@ -11,6 +11,7 @@ from stockpot.experiment import load_experiment
 from stockpot.methods import METHODS
 from stockpot.models.learner import load_weights_
 from support.experiments import (
+    SETTINGS,
     STEPS_PER_TASK,
     lines,
     record_of,
@@ -19,19 +20,6 @@ from support.experiments import (
     write_experiment,
 )
 
-SETTINGS = {
-    "sequential": "{name: sequential}",
-    "multitask": "{name: multitask}",
-    "rehearsal": "{name: rehearsal, fraction: 0.1}",
-    "l1": "{name: l1, strength: 0.01}",
-    "l2": "{name: l2, strength: 0.5}",
-    "ewc": "{name: ewc, strength: 100, samples: 20}",
-    "sfa": "{name: sfa, p: 0.5, beta: 0.3}",
-    "wise-ft": "{name: wise-ft, beta: 0.4}",
-    "task-arithmetic": "{name: task-arithmetic, scale: 0.5}",
-    "ties": "{name: ties, density: 0.3}",
-    "fisher-merging": "{name: fisher-merging, samples: 20}",
-}
 EVERY_STEP = ["training.checkpoint_seconds=0"]
 
 

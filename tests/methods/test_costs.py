@@ -20,7 +20,7 @@ from stockpot.models.learner import ImageLearner, mlp
 from stockpot.streams.data import ImageData, Mixture
 from stockpot.streams.tokens import Ragged, TextData
 from stockpot.training.settings import TrainingSettings
-from support.experiments import STEPS_PER_TASK, lines, run_file, write_experiment
+from support.experiments import SETTINGS, STEPS_PER_TASK, lines, run_file, write_experiment
 from support.text import write_model, write_tasks, write_text_experiment
 
 # The model of these experiments: 64 pixels, 8 hidden units, 2 labels, in float32. A task has 48
@@ -29,19 +29,6 @@ NUMBERS = 64 * 8 + 8 + 8 * 2 + 2
 MODEL = 4 * NUMBERS
 TASK = 48 * (64 * 4 + 8)
 
-SETTINGS = {
-    "sequential": "sequential",
-    "multitask": "multitask",
-    "rehearsal": "{name: rehearsal, fraction: 0.1}",
-    "l1": "{name: l1, strength: 0.01}",
-    "l2": "{name: l2, strength: 0.5}",
-    "ewc": "{name: ewc, strength: 100, samples: 20}",
-    "sfa": "{name: sfa, p: 0.5, beta: 0.3}",
-    "wise-ft": "{name: wise-ft, beta: 0.4}",
-    "task-arithmetic": "{name: task-arithmetic, scale: 0.5}",
-    "ties": "{name: ties, density: 0.3}",
-    "fisher-merging": "{name: fisher-merging, samples: 20}",
-}
 Bytes = tuple[int, int, int]
 """Weights, data, other."""
 KEPT: dict[str, Callable[[int], Bytes]] = {

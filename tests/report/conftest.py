@@ -12,6 +12,7 @@ from playwright.sync_api import Browser
 
 from stockpot.report.write import write_report
 from support.experiments import run_file
+from support.oracle import Oracle
 from support.pages import Opened, chromium, find_chromium, open_page
 from support.reading import write_page
 from support.records import TEN, write_made_up
@@ -86,3 +87,24 @@ def visit(browser) -> Iterator[Callable[..., Opened]]:
         page.page.close()
     for page in opened:
         page.quiet()
+
+
+@pytest.fixture(scope="module")
+def digits_page(digits, visit) -> Opened:
+    page: Opened = visit(digits / "report.html")
+    page.draw_all()
+    return page
+
+
+@pytest.fixture(scope="module")
+def twenty_page(twenty, visit) -> Opened:
+    page: Opened = visit(twenty / "report.html")
+    page.draw_all()
+    return page
+
+
+@pytest.fixture(params=["digits", "twenty"])
+def both(request) -> tuple[Opened, Oracle]:
+    """Each of the two reports: the real one and the large one."""
+    folder: Path = request.getfixturevalue(request.param)
+    return request.getfixturevalue(f"{request.param}_page"), Oracle(folder)

@@ -6,7 +6,6 @@ import math
 from base64 import b64decode
 from collections import Counter
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -19,27 +18,6 @@ from support.pages import Opened
 
 T = 1.0
 """Pixels that a mark may be off."""
-
-
-@pytest.fixture(scope="module")
-def digits_page(digits, visit) -> Opened:
-    page: Opened = visit(digits / "report.html")
-    page.draw_all()
-    return page
-
-
-@pytest.fixture(scope="module")
-def twenty_page(twenty, visit) -> Opened:
-    page: Opened = visit(twenty / "report.html")
-    page.draw_all()
-    return page
-
-
-@pytest.fixture(params=["digits", "twenty"])
-def both(request) -> tuple[Opened, Oracle]:
-    """Each of the two reports: the real one and the large one."""
-    folder: Path = request.getfixturevalue(request.param)
-    return request.getfixturevalue(f"{request.param}_page"), Oracle(folder)
 
 
 def shown(oracle: Oracle) -> list[Setting]:

@@ -3,36 +3,15 @@
 import math
 import re
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from support.oracle import Oracle, students
+from support.oracle import students
 from support.pages import Drawn, Mark, Opened
 
 OWN_CHOICE = ("plot-curves-a", "plot-curves-b")
 """Figures of one method each, which have a list of their own to choose it from."""
-
-
-@pytest.fixture(scope="module")
-def digits_page(digits, visit) -> Opened:
-    page: Opened = visit(digits / "report.html")
-    page.draw_all()
-    return page
-
-
-@pytest.fixture(scope="module")
-def twenty_page(twenty, visit) -> Opened:
-    page: Opened = visit(twenty / "report.html")
-    page.draw_all()
-    return page
-
-
-@pytest.fixture(params=["digits", "twenty"])
-def both(request) -> tuple[Opened, Oracle]:
-    folder: Path = request.getfixturevalue(request.param)
-    return request.getfixturevalue(f"{request.param}_page"), Oracle(folder)
 
 
 def alone(traces: list[Drawn], most: int = 6) -> list[tuple[Drawn, int]]:

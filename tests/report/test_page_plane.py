@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,28 +16,14 @@ from support.records import THREE, write_made_up
 YARDSTICKS = ("multitask", "rehearsal")
 
 
-@pytest.fixture(scope="module")
-def digits_page(digits, visit) -> Opened:
-    page: Opened = visit(digits / "report.html")
-    page.draw_all()
-    return page
-
-
-@pytest.fixture(scope="module")
-def twenty_page(twenty, visit) -> Opened:
-    page: Opened = visit(twenty / "report.html")
-    page.draw_all()
-    return page
-
-
-@pytest.fixture(params=["digits", "twenty"])
-def both(request) -> tuple[Opened, Oracle]:
-    folder: Path = request.getfixturevalue(request.param)
-    page: Opened = request.getfixturevalue(f"{request.param}_page")
+@pytest.fixture
+def both(both) -> tuple[Opened, Oracle]:
+    """Each report with the plane as it is when it is opened."""
+    page, oracle = both
     page.into_view("plane")
     page.choose("plane", "across", "last")
     page.choose("plane", "up", "earlier")
-    return page, Oracle(folder)
+    return page, oracle
 
 
 def points(page: Opened) -> list[Drawn]:

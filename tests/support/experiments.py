@@ -16,6 +16,20 @@ model: {name: mlp, hidden: [8]}
 training: {epochs: 2, batch_size: 16, learning_rate: 0.01, threads: 1, device: cpu}
 """
 STEPS_PER_TASK = 6
+SETTINGS = {
+    "sequential": "{name: sequential}",
+    "multitask": "{name: multitask}",
+    "rehearsal": "{name: rehearsal, fraction: 0.1}",
+    "l1": "{name: l1, strength: 0.01}",
+    "l2": "{name: l2, strength: 0.5}",
+    "ewc": "{name: ewc, strength: 100, samples: 20}",
+    "sfa": "{name: sfa, p: 0.5, beta: 0.3}",
+    "wise-ft": "{name: wise-ft, beta: 0.4}",
+    "task-arithmetic": "{name: task-arithmetic, scale: 0.5}",
+    "ties": "{name: ties, density: 0.3}",
+    "fisher-merging": "{name: fisher-merging, samples: 20}",
+}
+"""Each method with settings that fit such an experiment."""
 
 
 def write_experiment(folder: Path, methods: str, **sections: str) -> Path:

@@ -59,14 +59,14 @@ def report(
     from rich.console import Console
 
     from stockpot.cli.output import complain, waiting
-    from stockpot.report.write import read_pools, write_report
+    from stockpot.report.write import read_pools, write_pools
 
     console = Console(stderr=True)
     if watch is not None:
         _watch(folders, output, watch, console)
     with waiting(console, "drawing the figures"):
-        page = write_report(folders, output)
         pools = read_pools(folders)
+        page = write_pools(pools, output)
     if as_json:
         document = {"report": str(page), "experiments": [_as_json(pool) for pool in pools]}
         typer.echo(json.dumps(document, indent=2))
@@ -96,7 +96,7 @@ def _watch(folders: list[Path], output: Path | None, seconds: float, console: Co
     """Make the page again and again; return when all runs are finished."""
     from stockpot.errors import StockpotError
     from stockpot.report.reading import experiment_folders
-    from stockpot.report.write import read_pools, write_report
+    from stockpot.report.write import read_pools, write_pools
 
     said = set()
 
@@ -114,7 +114,7 @@ def _watch(folders: list[Path], output: Path | None, seconds: float, console: Co
         else:
             if all(pool.left <= 0 for pool in pools):
                 return
-            page = write_report(folders, output, refresh=max(1, round(seconds)))
+            page = write_pools(pools, output, refresh=max(1, round(seconds)))
             say("made", f"{page} is made again every {seconds:g} s; Ctrl-C stops.")
         time.sleep(seconds)
 

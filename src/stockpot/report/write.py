@@ -21,7 +21,7 @@ from stockpot.report.pooling import Pool, pool_records
 from stockpot.report.reading import experiment_folders, read_record
 from stockpot.report.table import Group, result_columns, task_columns, to_csv, to_markdown
 
-__all__ = ["read_pools", "write_report"]
+__all__ = ["read_pools", "write_pools", "write_report"]
 
 _SCRIPTS = ("base.js", "figures.js", "plane.js", "stream.js", "tables.js", "main.js")
 
@@ -61,7 +61,13 @@ def write_report(
         StockpotError: if a folder is no run folder, or there is nothing to report yet.
     """
     given = [folders] if isinstance(folders, Path) else list(folders)
-    pools = read_pools(given)
+    return write_pools(read_pools(given), output, refresh)
+
+
+def write_pools(
+    pools: Sequence[Pool], output: Path | None = None, refresh: int | None = None
+) -> Path:
+    """The same of records that are read already."""
     if output is None:
         single = len(pools) == 1 and len(pools[0].records) == 1
         output = pools[0].records[0].folder if single else Path("report")
