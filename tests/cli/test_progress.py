@@ -212,9 +212,9 @@ def test_lines_of_a_long_run_and_no_control_characters():
             observer.stage_begins(run, stage, [])
             for step in range(1, stage.steps + 1):
                 clock.now += 1
-                observer.step(step, 0.25 if step % 5 == 0 else None)
+                observer.step(run, step, 0.25 if step % 5 == 0 else None)
             clock.now += 10
-            observer.scoring("first", 50, 100)
+            observer.scoring(run, "first", 50, 100)
             observer.stage_ends(run, stage, True, Row(dict.fromkeys(names, 0.5), "loss", "lower"))
         observer.run_ends(run)
     observer.close()
@@ -301,7 +301,7 @@ def watched(tasks, trained, joint=False, seeds=1):
         for stage in run.stages:
             progress.stage_begins(run, stage, [{"distance_before": 2.0, "distance_after": 1.0}])
             for step in (1, 3, 5):
-                progress.step(step, 1 / step)
+                progress.step(run, step, 1 / step)
             if last and stage.row >= trained:
                 return progress, scores
             row = Row(dict(zip(tasks, scores[stage.row], strict=True)), "accuracy", "higher")

@@ -219,7 +219,7 @@ def test_a_killed_task_goes_on_from_its_checkpoint(tmp_path, path, stage):
         def __init__(self):
             self.steps = []
 
-        def step(self, step, loss):
+        def step(self, run, step, loss):
             self.steps.append(step)
 
     every_step = ["training.checkpoint_seconds=0"]

@@ -52,7 +52,7 @@ def test_a_kill_while_scoring_does_not_train_again(stories, tmp_path, monkeypatc
         trained.append(arguments[1].stage)
         return train_task(*arguments, **options)
 
-    monkeypatch.setattr("stockpot.experiment.runner.train_task", counting)
+    monkeypatch.setattr("stockpot.experiment.stages.train_task", counting)
     run_file(path, tmp_path / "killed")
     assert trained == [1]  # SFA's second task; sequential's was there
     assert record_of(tmp_path / "killed") == record_of(tmp_path / "calm")

@@ -62,7 +62,7 @@ def _child(path: Path, output: Path, overrides: Sequence[str], die_at: dict[str,
         def stage_begins(self, run: Any, stage: Any, merges: Any) -> None:
             self.stage = stage.number
 
-        def step(self, step: int, loss: float | None) -> None:
+        def step(self, run, step: int, loss: float | None) -> None:
             if (self.stage, step) == (die_at.get("stage"), die_at.get("step")):
                 _die()
 

@@ -169,16 +169,16 @@ class LineObserver(Progress):
         self._fresh = finished < len(run.stages)
         self._run_began = self.clock()
 
-    def step(self, step: int, loss: float | None) -> None:
+    def step(self, run: Run, step: int, loss: float | None) -> None:
         """A line every few seconds, when there is a loss to give."""
-        super().step(step, loss)
+        super().step(run, step, loss)
         if loss is not None and self.now is not None:
             total = self.now.stage.steps
             self._say_where(f"step {step:,} of {total:,}, loss {loss:.4g}")
 
-    def scoring(self, what: str, done: int, total: int) -> None:
+    def scoring(self, run: Run, what: str, done: int, total: int) -> None:
         """A line every few seconds."""
-        super().scoring(what, done, total)
+        super().scoring(run, what, done, total)
         self._say_where(f"scoring {what}, {done:,} of {total:,}")
 
     def run_ends(self, run: Run) -> None:

@@ -162,7 +162,7 @@ class Progress(Observer):
             self.now = Now(stage, name, merges)
             self.time_left.stage_begins(run, stage)
 
-    def step(self, step: int, loss: float | None) -> None:
+    def step(self, run: Run, step: int, loss: float | None) -> None:
         """Called up to ten thousand times a second: little is done unless there is a loss."""
         now = self.now
         if now is None:
@@ -182,7 +182,7 @@ class Progress(Observer):
                 now.losses[(step - 1) * LOSS_POINTS // now.stage.steps] = loss
             self.time_left.step(step)
 
-    def scoring(self, what: str, done: int, total: int) -> None:
+    def scoring(self, run: Run, what: str, done: int, total: int) -> None:
         """What is scored."""
         if self.now is not None:
             self.now.scoring = (what, done, total)

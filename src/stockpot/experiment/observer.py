@@ -61,10 +61,10 @@ class Observer:
     def stage_begins(self, run: Run, stage: Stage, merges: Sequence[Mapping[str, float]]) -> None:
         """Training of a stage begins; ``merges`` are its merge events and grow as it trains."""
 
-    def step(self, step: int, loss: float | None) -> None:
+    def step(self, run: Run, step: int, loss: float | None) -> None:
         """An optimizer step is done; the loss is given now and then."""
 
-    def scoring(self, what: str, done: int, total: int) -> None:
+    def scoring(self, run: Run, what: str, done: int, total: int) -> None:
         """So many items of a task or benchmark are scored."""
 
     def stage_ends(self, run: Run, stage: Stage, trained: bool, row: Row) -> None:
