@@ -7,17 +7,19 @@ costs nothing and communicates nothing.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import math
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-__all__ = ["Processes", "device_of", "launched", "processes"]
+__all__ = ["ALONE", "Processes", "launched", "leave", "processes", "said_by_main"]
 
 _T = TypeVar("_T")
 
@@ -75,6 +77,7 @@ class Processes:
                 box[1] = error
         dist.broadcast_object_list(box, src=0)
         if box[1] is not None:
+            box[1].told_by_main = not self.main
             raise box[1]
         value: _T = box[0]
         return value
@@ -101,11 +104,28 @@ class Processes:
         """This process's share of ``items``: every ``world``-th from ``rank`` on."""
         return items[self.rank :: self.world]
 
+    def share_size(self, items: int, largest: int) -> int:
+        """How many of ``items`` to take at a time so that every process gets something to do."""
+        return max(1, min(largest, math.ceil(items / self.world)))
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The main process goes through alone, the others after it: they find its caches."""
+        if not self.main:
+            self.wait()
+        yield
+        if self.main:
+            self.wait()
+
+
+ALONE = Processes()
+"""No launcher: this process is all there is."""
+
 
 def processes() -> Processes:
     """Join the processes that a launcher started, once; alone without a launcher."""
     if launched() == 1:
-        return Processes()
+        return ALONE
     import torch.distributed as dist
 
     if not dist.is_initialized():
@@ -114,8 +134,22 @@ def processes() -> Processes:
     return Processes(dist.get_rank(), dist.get_world_size(), local)
 
 
-def device_of(name: str, local_rank: int) -> torch.device:
-    """The device of one process: with several GPUs each takes its own."""
-    import torch
+def leave() -> None:
+    """Part from the other processes, at the end of a program."""
+    if launched() > 1:
+        import torch.distributed as dist
 
-    return torch.device(name, local_rank) if name == "cuda" else torch.device(name)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def said_by_main(error: Exception) -> bool:
+    """Whether the main process meets this error too and says it, so that it is not said twice.
+
+    Before the processes have joined all do the same; afterwards it is known where an error is from.
+    """
+    if launched() == 1 or os.environ.get("RANK", "0") == "0":
+        return False
+    dist = sys.modules.get("torch.distributed")
+    joined = dist is not None and dist.is_initialized()
+    return not joined or getattr(error, "told_by_main", False)

@@ -354,7 +354,7 @@ class Scoring(Observer):
     def __init__(self) -> None:
         self.points = 0
 
-    def scoring(self, what: str, done: int, total: int) -> None:
+    def scoring(self, run, what: str, done: int, total: int) -> None:
         self.points += what.startswith("line")
 
 

@@ -293,7 +293,7 @@ class Interrupting(Observer):
     def stage_begins(self, run: Any, stage: Any, *more: Any) -> None:
         self.now = stage.number
 
-    def step(self, step: int, loss: float | None) -> None:
+    def step(self, run, step: int, loss: float | None) -> None:
         if (self.now, step) == self.at:
             raise KeyboardInterrupt
 
@@ -393,7 +393,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         class Assassin(Observer):
             def stage_begins(self, run, stage, *more):
                 self.stage = stage.number
-            def step(self, step, loss):
+            def step(self, run, step, loss):
                 if (self.stage, step) == (1, 9):
                     os.kill(os.getpid(), signal.SIGKILL)
 

@@ -11,6 +11,7 @@ from stockpot.evaluation.sandbox import Sandbox
 from stockpot.evaluation.score import Progress, Score, mean_score, silent
 from stockpot.evaluation.settings import EvaluationSettings
 from stockpot.models.language import TextLearner
+from stockpot.processes import ALONE, Processes
 from stockpot.streams.text import MathProblems, ProgramProblems
 
 __all__ = ["gsm8k", "humaneval"]
@@ -27,6 +28,7 @@ def gsm8k(
     batch_size: int,
     device: torch.device,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> list[Score]:
     """0-shot, greedy. The headline score takes the last number of the answer (``flexible``).
 
@@ -42,6 +44,7 @@ def gsm8k(
         batch_size=batch_size,
         device=device,
         progress=progress,
+        processes=processes,
     )
     right: dict[str, list[bool]] = {"flexible": [], "strict": []}
     texts = []
@@ -69,6 +72,7 @@ def humaneval(
     sandbox: Sandbox,
     seed: int,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> list[Score]:
     """pass@k over ``samples`` programs per problem, run in the sandbox; the first k is headline.
 
@@ -92,9 +96,13 @@ def humaneval(
         seed=seed,
         raw=True,
         progress=progress,
+        processes=processes,
     )
     repeated = [problem for problem in problems for _ in range(n)]
-    outcomes = _humaneval.check_completions(repeated, written, sandbox, progress=progress)
+    # On the main process's machine alone, which has said what isolation it offers.
+    outcomes = processes.from_main(
+        lambda: _humaneval.check_completions(repeated, written, sandbox, progress=progress)
+    )
     passed = torch.tensor([outcome.passed for outcome in outcomes]).view(len(problems), n).sum(1)
     texts = tuple(
         {

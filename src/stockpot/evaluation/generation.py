@@ -11,6 +11,7 @@ import torch
 from stockpot.evaluation.score import Progress, silent
 from stockpot.models.language import TextLearner
 from stockpot.models.learner import evaluating
+from stockpot.processes import ALONE, Processes
 
 __all__ = ["generate"]
 
@@ -28,6 +29,7 @@ def generate(
     seed: int = 0,
     raw: bool = False,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> list[str]:
     """What the model writes after each prompt, up to the first stop string (not included).
 
@@ -45,6 +47,7 @@ def generate(
         seed: of the draws; torch's generators are left as they were.
         raw: give the prompt as it is, without the model's chat template.
         progress: called after each batch.
+        processes: share the batches; all get all answers.
     """
     form = learner.form
     tokenizer = form.tokenizer
@@ -58,17 +61,19 @@ def generate(
     room = max_new_tokens if form.encoder_decoder else min(max_new_tokens, context - limit)
     cut = [_cut(ids, limit, tokenizer.bos_token_id) or [form.pad] for ids in encoded]
     answers = [""] * len(prompts)
+    size = processes.share_size(len(prompts), batch_size)
     order = sorted(range(len(cut)), key=lambda n: -len(cut[n]))
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with evaluating(learner.module), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        for begin in range(0, len(order), batch_size):
-            rows = order[begin : begin + batch_size]
+        for begin in processes.mine(range(0, len(order), size)):
+            torch.manual_seed(seed + begin)  # whichever process draws this batch, and in what order
+            rows = order[begin : begin + size]
             texts = _batch(learner, [cut[n] for n in rows], room, list(stop), temperature, device)
             for row, text in zip(rows, texts, strict=True):
                 answers[row] = _until(text, stop)
-            progress(min(begin + batch_size, len(order)), len(order))
-    return answers
+            progress(min(begin + size, len(order)), len(order))
+    # Every answer is empty in all processes but one.
+    return ["".join(parts) for parts in zip(*processes.gather(answers), strict=True)]
 
 
 def _batch(

@@ -11,6 +11,7 @@ from stockpot.errors import NonFiniteError
 from stockpot.evaluation.score import Progress, Score, mean_score, silent
 from stockpot.models.language import TextLearner
 from stockpot.models.learner import Learner, evaluating, to_device
+from stockpot.processes import ALONE, Processes
 from stockpot.streams.data import TaskData
 from stockpot.streams.text import Choices
 
@@ -24,25 +25,30 @@ def negative_log_likelihoods(
     batch_size: int,
     device: torch.device | str,
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, Tensor]:
     """(N,) ``-sum log p`` of what is learned of every example, in nats, and how many tokens.
 
-    Examples of similar length share a batch; the order of the result is the data's.
+    Examples of similar length share a batch; the order of the result is the data's. Several
+    processes share the batches; all get the result.
     """
     total = torch.zeros(len(data), dtype=torch.float64)
     count = torch.zeros(len(data), dtype=torch.float64)
     done = 0
     lengths = data.lengths()
     order = torch.arange(len(data)) if lengths is None else lengths.argsort(descending=True)
+    size = processes.share_size(len(data), batch_size)
     with evaluating(learner.module):
-        for rows in order.split(batch_size):
+        for rows in processes.mine(order.split(size)):
             batch = to_device(data.__getitems__(rows), device)
             predictions = learner.predictions(batch)
             losses, owner = predictions.losses().double().cpu(), rows[predictions.example.cpu()]
             total.index_add_(0, owner, losses)
             count.index_add_(0, owner, torch.ones_like(losses))
             done += len(rows)
-            progress(done, len(data))
+            progress(min(len(data), done * processes.world), len(data))
+    processes.sum_(total)
+    processes.sum_(count)
     if not bool(total.isfinite().all()):
         raise NonFiniteError(
             "the model gives likelihoods that are not finite and cannot be scored; its weights are "
@@ -57,13 +63,16 @@ def held_out_loss(
     batch_size: int,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> Score:
     """Mean cross-entropy per learned token, in nats: ``sum_n L_n / sum_n T_n``.
 
     Its standard error is that of a ratio of means (by linearisation):
     ``sqrt(n / (n - 1) sum_n (L_n - value T_n)^2) / sum_n T_n``. The items are ``L_n / T_n``.
     """
-    losses, tokens = negative_log_likelihoods(learner, data, batch_size, device, progress)
+    losses, tokens = negative_log_likelihoods(
+        learner, data, batch_size, device, progress, processes
+    )
     value = float(losses.sum() / tokens.sum())
     n = len(losses)
     spread = float((losses - value * tokens).square().sum())
@@ -79,6 +88,7 @@ def choices(
     batch_size: int,
     device: torch.device | str = "cpu",
     progress: Progress = silent,
+    processes: Processes = ALONE,
 ) -> list[Score]:
     """Share of questions whose right answer is the likeliest, by the sum of its log p.
 
@@ -88,7 +98,7 @@ def choices(
     """
     questions = benchmark.questions
     data = learner.form.choices(questions)
-    losses, _ = negative_log_likelihoods(learner, data, batch_size, device, progress)
+    losses, _ = negative_log_likelihoods(learner, data, batch_size, device, progress, processes)
     right, normalised = [], []
     place = 0
     for question in questions:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stockpot.errors import NonFiniteError
+from stockpot.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +75,7 @@ def scores_along_line(
     *,
     bfloat16: bool = False,
     progress: Progress | None = None,
+    processes: Processes = ALONE,
 ) -> list[LinePoint]:
     """Score every task at ``points`` places ``alpha = 0, 1/(points-1), ..., 1``.
 
@@ -90,6 +92,7 @@ def scores_along_line(
         device: where the model is.
         bfloat16: whether to score by autocast.
         progress: called with how many of the evaluations are done, and of how many.
+        processes: share the batches; all get the points.
     """
     import torch
 
@@ -100,7 +103,7 @@ def scores_along_line(
         learner.load(interpolate(anchor, deployed, alpha))
         for task, data in tasks.items():
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bfloat16):
-                scores = _scores(learner, data, batch_size, device)
+                scores = _scores(learner, data, batch_size, device, processes)
             found += [_point(alpha, task, score) for score in scores]
             done += 1
             if progress is not None:
@@ -117,22 +120,30 @@ def _point(alpha: float, task: str, score: Score) -> LinePoint:
 
 
 def _scores(
-    learner: Learner, data: TaskData, batch_size: int, device: torch.device | str
+    learner: Learner,
+    data: TaskData,
+    batch_size: int,
+    device: torch.device | str,
+    processes: Processes,
 ) -> list[Score]:
     from stockpot.evaluation.language import held_out_loss
     from stockpot.evaluation.score import Score
     from stockpot.models.learner import ImageLearner
 
     if isinstance(learner, ImageLearner):
-        return _image_scores(learner, data, batch_size, device)
+        return _image_scores(learner, data, batch_size, device, processes)
     try:
-        return [held_out_loss(learner, data, batch_size, device)]
+        return [held_out_loss(learner, data, batch_size, device, processes=processes)]
     except NonFiniteError:
         return [Score(math.nan, len(data), math.nan, "loss", better="lower")]
 
 
 def _image_scores(
-    learner: ImageLearner, data: TaskData, batch_size: int, device: torch.device | str
+    learner: ImageLearner,
+    data: TaskData,
+    batch_size: int,
+    device: torch.device | str,
+    processes: Processes,
 ) -> list[Score]:
     """Loss and accuracy from one pass."""
     import torch
@@ -140,18 +151,21 @@ def _image_scores(
     from stockpot.evaluation.score import mean_score
     from stockpot.models.learner import evaluating, to_device
 
-    losses, right = [], []
+    losses, right = torch.zeros(len(data)), torch.zeros(len(data))
+    size = processes.share_size(len(data), batch_size)
     with torch.inference_mode(), evaluating(learner.module):
-        for rows in torch.arange(len(data)).split(batch_size):
+        for rows in processes.mine(torch.arange(len(data)).split(size)):
             predictions = learner.predictions(to_device(data.__getitems__(rows), device))
             loss = predictions.losses()
-            losses.append(loss.cpu())
+            losses[rows] = loss.cpu()
             # NaN is no answer, though argmax finds it.
             found = (predictions.logits.argmax(dim=-1) == predictions.targets) & loss.isfinite()
-            right.append(found.float().cpu())
+            right[rows] = found.float().cpu()
+    processes.sum_(losses)
+    processes.sum_(right)
     return [
-        mean_score(torch.cat(losses), "loss", "test", better="lower"),
-        mean_score(torch.cat(right), "accuracy", "test"),
+        mean_score(losses, "loss", "test", better="lower"),
+        mean_score(right, "accuracy", "test"),
     ]
 
 

@@ -14,6 +14,7 @@ from stockpot.evaluation.accuracy import accuracy
 from stockpot.evaluation.score import Score
 from stockpot.evaluation.settings import EvaluationSettings
 from stockpot.models.learner import ImageLearner, Learner
+from stockpot.processes import ALONE, Processes
 from stockpot.streams.text import Choices, MathProblems, ProgramProblems
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Evaluator:
         sandbox: what generated programs run in; None: they are not run, and not scored.
         skipped: the benchmarks that are left out, as programs may not be run.
         progress: called with what is scored, how many items are done, and of how many.
+        processes: share the work; all get all scores.
         by_benchmarks: whether a task's score in R is that of its benchmarks; else it is that of its
             held-out examples.
     """
@@ -58,6 +60,7 @@ class Evaluator:
     skipped: tuple[str, ...] = ()
     seed: int = 0
     progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    processes: Processes = ALONE
 
     def batch_size(self, learner: Learner) -> int:
         """Examples at a time."""
@@ -84,13 +87,14 @@ class Evaluator:
         if limit is not None and limit < len(data):
             data = data.subset(torch.arange(limit))
         size, watched = self.batch_size(learner), partial(self.progress, what)
+        among = self.processes
         watched(0, len(data))
         with self._precision():
             if isinstance(learner, ImageLearner):
-                return accuracy(learner, data, size, self.device, watched)
+                return accuracy(learner, data, size, self.device, watched, among)
             from stockpot.evaluation.language import held_out_loss
 
-            return held_out_loss(learner, data, size, self.device, watched)
+            return held_out_loss(learner, data, size, self.device, watched, among)
 
     def _precision(self) -> AbstractContextManager[Any]:
         """Autocast, if the settings ask for it."""
@@ -106,14 +110,23 @@ class Evaluator:
         benchmark, size = task.benchmarks[name], self.batch_size(learner)
         watched = partial(self.progress, name)
         if isinstance(benchmark, Choices):
-            return choices(text, name, benchmark, size, self.device, watched)
-        settings, device = self.settings, self.device
+            return choices(text, name, benchmark, size, self.device, watched, self.processes)
+        settings, device, among = self.settings, self.device, self.processes
         if isinstance(benchmark, MathProblems):
-            return benchmarks.gsm8k(text, name, benchmark, settings, size, device, watched)
+            return benchmarks.gsm8k(text, name, benchmark, settings, size, device, watched, among)
         if self.sandbox is None:
             return []
         return benchmarks.humaneval(
-            text, name, benchmark, settings, size, device, self.sandbox, self.seed, watched
+            text,
+            name,
+            benchmark,
+            settings,
+            size,
+            device,
+            self.sandbox,
+            self.seed,
+            watched,
+            among,
         )
 
     def lm_eval(self, learner: Learner) -> list[Score]:
@@ -125,17 +138,20 @@ class Evaluator:
 
         text: TextLearner = learner  # type: ignore[assignment]
         with self._precision():
-            results = run_lm_eval(
-                text.module,
-                text.form.tokenizer,
-                names,
-                limit=self.settings.lm_eval_limit,
-                num_fewshot=self.settings.lm_eval_shots,
-                include_path=self.settings.lm_eval_include,
-                batch_size=self.batch_size(learner),
-                device=self.device,
-                seed=self.seed,
-                apply_chat_template=text.form.template,
+            # The harness would split the work by its own launcher's rules; one process does it all.
+            results = self.processes.from_main(
+                lambda: run_lm_eval(
+                    text.module,
+                    text.form.tokenizer,
+                    names,
+                    limit=self.settings.lm_eval_limit,
+                    num_fewshot=self.settings.lm_eval_shots,
+                    include_path=self.settings.lm_eval_include,
+                    batch_size=self.batch_size(learner),
+                    device=self.device,
+                    seed=self.seed,
+                    apply_chat_template=text.form.template,
+                )
             )
         return [
             Score(

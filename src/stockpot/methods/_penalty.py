@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, PrivateAttr
 
-from stockpot.methods.base import Method, Stored, TaskRun, anchor_bytes
+from stockpot.methods.base import Method, Parts, Stored, TaskRun, anchor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Penalty", "Term", "inner", "make_terms"]
+    from stockpot.averaging.weights import Piece
+
+__all__ = ["Penalty", "Term", "cut", "inner", "make_terms"]
 
 
 class Penalty(Method):
@@ -45,6 +47,15 @@ class Penalty(Method):
         super().start_task(run)
         self._terms = make_terms(trainable_weights(run.model)) if run.stage else []
 
+    def take_parts(self, run: TaskRun, parts: Parts) -> None:
+        """The penalty's sums go over parts: each process pulls on its own."""
+        whole = {term.name: term.anchor for term in self._terms}
+        pieces = {name: p for name, p in parts.pieces().items() if name in whole}
+        anchors = cut(whole, pieces)
+        weights = {name: _PartOfWeight(parts, piece) for name, piece in pieces.items()}
+        values = {name: piece.values for name, piece in pieces.items()}
+        self._terms = _terms(weights, values, anchors)
+
     def stored(self, run: TaskRun) -> Stored:
         """theta_o."""
         return Stored(weights=anchor_bytes(run))
@@ -56,7 +67,7 @@ class Term:
 
     name: str
     weight: Any
-    """The parameter, whose gradient the penalty adds to."""
+    """The parameter, or what has its ``grad``, whose gradient the penalty adds to."""
     theta: Any
     """The same memory, outside autograd."""
     anchor: Any
@@ -86,11 +97,36 @@ def make_terms(weights: Mapping[str, Any]) -> list[Term]:
     Working memory is taken once, of the largest tensor's size: fresh blocks at every step cost page
     faults.
     """
-    import torch
-
     from stockpot.arithmetic import wide
 
     anchors = {name: wide(w.detach()).clone().contiguous() for name, w in weights.items()}
+    return _terms(weights, {name: w.detach() for name, w in weights.items()}, anchors)
+
+
+def cut(whole: Mapping[str, Any], pieces: Mapping[str, Piece]) -> dict[str, Any]:
+    """Of whole tensors what a process has of the weights of the same names."""
+    from stockpot.averaging.anchor import Anchor
+
+    given = Anchor(whole)
+    return {name: given.part(piece).clone().contiguous() for name, piece in pieces.items()}
+
+
+class _PartOfWeight:
+    """Has the gradient of a part where a parameter has its own."""
+
+    def __init__(self, parts: Parts, piece: Piece) -> None:
+        self._parts, self._piece = parts, piece
+
+    @property
+    def grad(self) -> Tensor:
+        return self._parts.gradient(self._piece)
+
+
+def _terms(
+    weights: Mapping[str, Any], values: Mapping[str, Any], anchors: Mapping[str, Any]
+) -> list[Term]:
+    import torch
+
     largest: dict[Any, int] = {}
     for anchor in anchors.values():
         kind = (anchor.dtype, anchor.device)
@@ -103,7 +139,7 @@ def make_terms(weights: Mapping[str, Any]) -> list[Term]:
         anchor = anchors[name]
         first, second = room[anchor.dtype, anchor.device][:, : anchor.numel()]
         views = first.view(anchor.shape), second.view(anchor.shape)
-        terms.append(Term(name, weight, weight.detach(), anchor, *views))
+        terms.append(Term(name, weight, values[name], anchor, *views))
     return terms
 
 

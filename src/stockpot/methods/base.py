@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
+
+from stockpot.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from stockpot.averaging.weights import Piece
     from stockpot.models.learner import Learner
     from stockpot.streams.data import Task, TaskData
 
-__all__ = ["Memory", "Method", "Stored", "TaskRun", "anchor_bytes", "short", "size_of"]
+__all__ = ["Memory", "Method", "Parts", "Stored", "TaskRun", "anchor_bytes", "short", "size_of"]
 
 
 def short(value: Any) -> str:
@@ -42,12 +45,16 @@ class Memory:
     that was killed in its last moment and is done again finds what it found the first time.
     """
 
-    def __init__(self, folder: Path, stage: int) -> None:
+    def __init__(self, folder: Path, stage: int, writes: bool = True) -> None:
         self.folder = folder
         self.stage = stage
+        self.writes = writes
+        """False in all processes of a run but the main one: they keep the same, and read it."""
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep ``tensors`` under ``name`` for later stages."""
+        if not self.writes:
+            return
         from stockpot.files import write_tensors
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +75,7 @@ class Memory:
 
     def drop_superseded(self, name: str) -> None:
         """Delete what earlier stages kept under ``name`` except the latest that is still needed."""
-        for path in self._files(name)[:-1]:
+        for path in self._files(name)[:-1] if self.writes else ():
             path.unlink()
 
     def _files(self, name: str) -> list[Path]:
@@ -118,6 +125,8 @@ class TaskRun:
     """The merge events of this stage."""
     curve: list[dict[str, Any]] = field(default_factory=list)
     """Scores that were taken while this stage trained."""
+    processes: Processes = ALONE
+    """Those that share this run; all of them do the same, unless a method splits its work."""
     extra_examples: int = 0
     """Forward and backward passes on single examples beside training (Fisher values)."""
 
@@ -137,6 +146,22 @@ class TaskRun:
     def passes(self, examples: int) -> None:
         """Count forward and backward passes on single examples beside training."""
         self.extra_examples += examples
+
+
+class Parts(Protocol):
+    """What one process has of weights that several processes share."""
+
+    optimizer: object
+    """What steps them, for whoever writes them (:func:`find_weights`)."""
+
+    def pieces(self) -> dict[str, Piece]:
+        """This process's part of each trainable weight, by name: the true values."""
+
+    def gradient(self, piece: Piece) -> Tensor:
+        """Its gradient, of the shape of ``piece.values``; what is added to it counts.
+
+        Only between the backward pass and the optimizer's step.
+        """
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
@@ -192,6 +217,15 @@ class Method(BaseModel):
         from stockpot.streams.data import Mixture
 
         return run.tasks[0].train if len(run.tasks) == 1 else Mixture([t.train for t in run.tasks])
+
+    def take_parts(self, run: TaskRun, parts: Parts) -> None:
+        """Go on with this process's parts of the weights (``training.parallel``: fsdp2, zero2/3).
+
+        Called after ``start_task``, which had the whole weights, and before the first step.
+        ``before_step`` then adds to :meth:`Parts.gradient` and returns this process's part of the
+        penalty. A method that has ``before_step`` or ``after_step`` and does not say here what
+        they do to parts trains with ``training.parallel: ddp`` alone.
+        """
 
     def before_step(self, run: TaskRun) -> Tensor | None:
         """May add to the gradients, before they are clipped; returns the penalty's value."""

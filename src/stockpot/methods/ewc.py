@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from stockpot.methods._penalty import Penalty, inner
-from stockpot.methods.base import Stored, TaskRun
+from stockpot.methods._penalty import Penalty, cut, inner
+from stockpot.methods.base import Parts, Stored, TaskRun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +53,19 @@ class EWC(Penalty):
                 self._precision.append(self.strength * precision)
             self._offset = (self.strength * past["offset"]).to(self._terms[0].anchor)
 
+    def take_parts(self, run: TaskRun, parts: Parts) -> None:
+        """The penalty's sum goes over parts; what it is at least belongs to one process."""
+        if not self._precision:
+            return
+        whole = {
+            term.name: precision
+            for term, precision in zip(self._terms, self._precision, strict=True)
+        }
+        super().take_parts(run, parts)
+        precision = cut(whole, {n: p for n, p in parts.pieces().items() if n in whole})
+        self._precision = [precision[term.name] for term in self._terms]
+        self._offset = self._offset if run.processes.main else 0.0
+
     def before_step(self, run: TaskRun) -> Tensor | None:
         """Add ``strength * F * (theta - centre)`` to the gradient."""
         import torch
@@ -79,6 +92,7 @@ class EWC(Penalty):
             self.labels,
             run.seed,
             passes=run.passes,
+            processes=run.processes,
         )
         weights = {n: p.detach() for n, p in trainable_weights(run.model).items()}
         run.memory.save("ewc", consolidate(run.memory.load("ewc"), fisher, weights))

@@ -14,6 +14,7 @@ from torch.func import functional_call, grad, vmap
 from stockpot.averaging.weights import trainable_weights
 from stockpot.errors import ConfigError
 from stockpot.models.learner import ImageLearner, evaluating, to_device
+from stockpot.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from stockpot.models.learner import Learner
@@ -34,6 +35,7 @@ def fisher_diagonal(
     labels: Literal["sampled", "true", "exact"],
     seed: int,
     passes: Callable[[int], None] = lambda examples: None,
+    processes: Processes = ALONE,
 ) -> dict[str, Tensor]:
     """``F[j] = 1/N sum_n (d log p(y_n | x_n) / d theta[j])^2``, per example (Martens 2014).
 
@@ -50,14 +52,23 @@ def fisher_diagonal(
         seed: of the draws.
         passes: called with how many examples have gone forward and backward, once for each label
             that a gradient was taken for.
+        processes: share the examples, with the labels that one process would draw; all get the
+            values.
 
     Returns:
         float32 values on the model's device, by the names of the trainable parameters.
     """
     with evaluating(learner.module):
         if isinstance(learner, ImageLearner):
-            return _accumulate(learner, data, samples, labels, seed, passes)
-        return _one_by_one(learner, data, samples, labels, seed, passes)
+            totals, count, used = _accumulate(learner, data, samples, labels, seed, processes)
+        else:
+            totals, count, used = _one_by_one(learner, data, samples, labels, seed, processes)
+    passes(sum(processes.gather(used)))
+    return {name: processes.sum_(total) / count for name, total in totals.items()}
+
+
+_Totals = tuple[dict[str, Tensor], int, int]
+"""This process's sums of squares; how many examples all have; how many passes this one made."""
 
 
 def _one_by_one(
@@ -66,8 +77,8 @@ def _one_by_one(
     samples: int | None,
     labels: Literal["sampled", "true", "exact"],
     seed: int,
-    passes: Callable[[int], None],
-) -> dict[str, Tensor]:
+    processes: Processes,
+) -> _Totals:
     """Of texts: log p is that of all learned tokens, each after the data's tokens before it."""
     if labels == "exact":
         raise ConfigError("labels = exact would sum over all texts; use sampled or true")
@@ -76,8 +87,15 @@ def _one_by_one(
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(data), generator=generator)[:samples]
     totals = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in parameters.items()}
-    for row in chosen.tolist():
-        logits, targets, _ = learner.predictions(to_device(data.__getitems__([row]), device))
+    words = used = 0
+    for number, row in enumerate(chosen.tolist()):
+        batch = data.__getitems__([row])
+        if number % processes.world != processes.rank:
+            if labels == "sampled":
+                words = words or _choices(learner, to_device(batch, device))
+                _pass_over(learner.count(batch), words, generator)
+            continue
+        logits, targets, _ = learner.predictions(to_device(batch, device))
         if labels == "sampled":
             chances = F.softmax(logits.detach().float(), dim=-1).cpu()
             targets = torch.multinomial(chances, 1, generator=generator).flatten().to(device)
@@ -86,8 +104,22 @@ def _one_by_one(
         for name, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 totals[name].add_(gradient.float().square())
-        passes(1)
-    return {name: total / len(chosen) for name, total in totals.items()}
+        used += 1
+    return totals, len(chosen), used
+
+
+@torch.no_grad()
+def _choices(learner: Learner, batch: Any) -> int:
+    """How many tokens the model chooses among."""
+    return learner.predictions(batch).logits.shape[-1]
+
+
+def _pass_over(places: int, words: int, generator: torch.Generator) -> None:
+    """Draw what another process draws, so that the next draw is what it would be in one process.
+
+    What a draw takes from the generator depends on the shape alone, not on the probabilities.
+    """
+    torch.multinomial(torch.ones(places, words), 1, generator=generator)
 
 
 def _accumulate(
@@ -96,8 +128,8 @@ def _accumulate(
     samples: int | None,
     labels: Literal["sampled", "true", "exact"],
     seed: int,
-    passes: Callable[[int], None],
-) -> dict[str, Tensor]:
+    processes: Processes,
+) -> _Totals:
     parameters = {n: p.detach() for n, p in trainable_weights(learner.module).items()}
     frozen = {
         n: t.detach()
@@ -118,8 +150,14 @@ def _accumulate(
 
     size = sum(p.numel() for p in parameters.values())
     elements = _CHUNK_ELEMENTS if device.type == "cpu" else _CHUNK_ELEMENTS_GPU
-    for rows in chosen.split(max(1, min(256, elements // max(1, size)))):
+    words = used = 0
+    for number, rows in enumerate(chosen.split(max(1, min(256, elements // max(1, size))))):
         batch = data.__getitems__(rows)
+        if number % processes.world != processes.rank:
+            if labels == "sampled":
+                words = words or _choices(learner, to_device(batch, device))
+                _pass_over(len(rows), words, generator)
+            continue
         pixels = learner.preprocess(batch["pixel_values"].to(device))
         allowed = None if batch["allowed"] is None else batch["allowed"].to(device)
         with torch.no_grad():
@@ -138,8 +176,8 @@ def _accumulate(
                 totals[name] += torch.einsum("ni,ni,n->i", flat, flat, weight.to(device)).view_as(
                     totals[name]
                 )
-            passes(len(label))
-    return {name: total / len(chosen) for name, total in totals.items()}
+            used += len(label)
+    return totals, len(chosen), used
 
 
 def _per_example(

@@ -57,6 +57,7 @@ class FisherMerging(Experts):
             self.labels,
             run.seed,
             passes=run.passes,
+            processes=run.processes,
         )
         fisher = {name: values.cpu() for name, values in fisher.items()}
         self._fishers = [*run.memory.load_all("fisher"), fisher]

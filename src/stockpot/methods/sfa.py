@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from stockpot.methods.base import Method, Stored, TaskRun, anchor_bytes
+from stockpot.methods.base import Method, Parts, Stored, TaskRun, anchor_bytes
 
 if TYPE_CHECKING:
     from stockpot.averaging.sfa import SFA as SFAverager  # noqa: N811
@@ -61,19 +61,28 @@ class SFA(Method):
 
     def start_task(self, run: TaskRun) -> None:
         """Go on from the previous task's weights, which become the anchor."""
-        from stockpot import averaging
-
         super().start_task(run)
         self._averager = None
         if run.stage or self.protect_base:
-            # Fresh adapters change nothing: the anchor is the base that they stand on.
-            held = {} if run.learner.adapted else run.previous
-            anchor = averaging.Anchor({name: w.to(run.device) for name, w in held.items()})
-            p, every = self.p, self.every
-            if self.earlier_p is not None and not run.last:
-                p, every = self.earlier_p, None
-            averager = averaging.SFA(p=p or 1.0, beta=self.beta, every=every, anchor=anchor)
-            self._averager = averager.attach(run.model, total_steps=run.total_steps)
+            self._attach(run, run.device)
+
+    def take_parts(self, run: TaskRun, parts: Parts) -> None:
+        """Keep of the anchor what this process has of the weights, and average it alone."""
+        if self._averager is not None:
+            self._averager.detach()
+            self._attach(run, "cpu", parts.optimizer)
+
+    def _attach(self, run: TaskRun, place: Any, optimizer: object | None = None) -> None:
+        from stockpot import averaging
+
+        # Fresh adapters change nothing: the anchor is the base that they stand on.
+        held = {} if run.learner.adapted else run.previous
+        anchor = averaging.Anchor({name: w.to(place) for name, w in held.items()})
+        p, every = self.p, self.every
+        if self.earlier_p is not None and not run.last:
+            p, every = self.earlier_p, None
+        averager = averaging.SFA(p=p or 1.0, beta=self.beta, every=every, anchor=anchor)
+        self._averager = averager.attach(run.model, optimizer, total_steps=run.total_steps)
 
     def averages_at(self, step: int) -> bool:
         """Whether ``step`` is a merge step."""
