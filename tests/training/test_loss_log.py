@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stockpot.training import trainer
-from stockpot.training.trainer import _LossLog
+from stockpot.training import losses as logging
+from stockpot.training.losses import LossLog
 
 
 @given(
@@ -15,10 +15,10 @@ from stockpot.training.trainer import _LossLog
     resumed=st.integers(0, 120),
 )
 def test_glimpses_are_means_since_the_last_and_change_nothing(losses, asked, resumed):
-    before = trainer._GLIMPSE_SECONDS
-    trainer._GLIMPSE_SECONDS = 0.0
+    before = logging._GLIMPSE_SECONDS
+    logging._GLIMPSE_SECONDS = 0.0
     try:
-        watched, alone = _LossLog(len(losses)), _LossLog(len(losses))
+        watched, alone = LossLog(len(losses)), LossLog(len(losses))
         told = 0
         for step, loss in enumerate(losses, 1):
             for log in (watched, alone):
@@ -32,15 +32,15 @@ def test_glimpses_are_means_since_the_last_and_change_nothing(losses, asked, res
                 )
                 told = step
             if step == resumed:
-                state, watched = watched.state(), _LossLog(len(losses))
+                state, watched = watched.state(), LossLog(len(losses))
                 watched.restore(state, torch.device("cpu"))
                 told = watched.points[-1][0] if watched.points else 0
         assert watched.points == alone.points
     finally:
-        trainer._GLIMPSE_SECONDS = before
+        logging._GLIMPSE_SECONDS = before
 
 
 def test_no_glimpse_so_soon():
-    log = _LossLog(1000)
+    log = LossLog(1000)
     log.add(torch.tensor(1.0))
     assert log.glimpse(1) is None

@@ -1,4 +1,4 @@
-"""What training costs: peak memory of a stretch of work."""
+"""What training costs: peak memory of a stretch of work, and what is held after it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
-__all__ = ["PeakMemory"]
+__all__ = ["PeakMemory", "resident_memory"]
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+
+
+def resident_memory() -> int:
+    """Bytes of host memory that this process holds now, its libraries included."""
+    return int(psutil.Process().memory_info().rss)
 
 
 class PeakMemory:

@@ -19,7 +19,9 @@ class TrainingSettings(BaseModel):
     steps: int | None = Field(
         None, ge=1, description="optimizer steps per task, instead of epochs; null: by epochs"
     )
-    batch_size: int = Field(32, ge=1, le=2**31, description="examples per micro-batch")
+    batch_size: int = Field(
+        32, ge=1, le=2**31, description="examples per micro-batch, of all processes together"
+    )
     gradient_accumulation: int = Field(
         1, ge=1, description="micro-batches per optimizer step (steps are optimizer steps)"
     )
@@ -52,6 +54,13 @@ class TrainingSettings(BaseModel):
         "float32", description="bfloat16 and float16 train by autocast; weights stay float32"
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda if there is one")
+    parallel: Literal["ddp", "fsdp2", "zero2", "zero3"] = Field(
+        "ddp",
+        description="how one run is spread where a launcher starts several processes for it: ddp "
+        "keeps weights and optimizer whole in each, fsdp2 and zero3 (DeepSpeed) a share of both, "
+        "zero2 a share of the optimizer. batch_size stays the size of the whole batch. The weights "
+        "are those of one process but for rounding, and with dropout for its draws",
+    )
     threads: int | None = Field(
         None, ge=1, description="CPU threads of one run; small models are fastest with 1; null: all"
     )
@@ -108,5 +117,5 @@ class TrainingSettings(BaseModel):
 
     def identity(self) -> dict[str, Any]:
         """What decides the weights that training gives."""
-        free = {"checkpoint_seconds", "device", "threads", "report_to"}
+        free = {"checkpoint_seconds", "device", "threads", "report_to", "parallel"}
         return self.model_dump(mode="json", exclude=free)

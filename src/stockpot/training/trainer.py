@@ -12,13 +12,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import accelerate.optimizer
 import torch
-from accelerate import DistributedType
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -34,21 +33,17 @@ from stockpot.methods.base import Method, TaskRun
 from stockpot.models.learner import check_finite, copy_weights, load_weights_
 from stockpot.streams.data import TaskData
 from stockpot.training.arguments import make_optimizer, training_arguments
+from stockpot.training.batches import BatchLoader, ShuffledBatches, as_fetched
 from stockpot.training.costs import PeakMemory
+from stockpot.training.losses import LossLog
 from stockpot.training.settings import TrainingSettings
 
-__all__ = ["Trained", "Watch", "choose_device", "train_task"]
+__all__ = ["TaskTrainer", "Trained", "Watch", "choose_device", "train_task"]
 
 # accelerate asks at every optimizer step whether a package is installed, by searching the path:
 # a tenth of a small model's step. The answer does not change while a process lives.
 accelerate.optimizer.is_lomo_available = functools.cache(accelerate.optimizer.is_lomo_available)
 
-_LOG_POINTS = 50
-"""Losses are recorded as means over windows of 1/50 of a task."""
-_GLIMPSE_SECONDS = 1.0
-"""How often a watcher gets a loss meanwhile."""
-_GROUPED = 50
-"""Batches whose examples are sorted by length together: random enough, and little padding."""
 _AROUND = ("forward", "_original_forward", "_is_accelerate_prepared")
 """What accelerate puts on a model that it prepares."""
 _MARKER = "stockpot.json"
@@ -62,6 +57,7 @@ class Trained:
     steps: int
     seconds: float
     peak_memory: int
+    """Bytes; of several processes, those of the one that needed most."""
     losses: list[tuple[int, float]] = field(default_factory=list)
     """(step, mean loss with its penalty over the window that ends there)."""
 
@@ -102,6 +98,11 @@ def train_task(
     Data order and dropout follow from ``run.seed`` alone. A checkpoint in ``scratch`` that an
     earlier, killed call left is taken up, and the result is the same as without the kill.
 
+    Where several processes share the run (``run.processes``) all of them call this with the same
+    arguments and the same weights, and have the same weights and the same answer afterwards.
+    ``settings.parallel`` says how they share the work. A checkpoint is good for any number of
+    processes and any way of sharing.
+
     Args:
         method: its ``before_step`` and ``after_step`` are called around every optimizer step.
         run: the task as the method sees it; its model is trained in place.
@@ -114,13 +115,35 @@ def train_task(
 
     Raises:
         NonFiniteError: if the loss or a weight becomes NaN or infinite.
+        ConfigError: if several processes cannot train it in this way (:func:`check_parallel`).
     """
-    trainer = _TaskTrainer(method, run, data, settings, scratch, on_step, where, watch or Watch())
+    from stockpot.training.parallel import own_settings
+
+    with own_settings(settings, run.processes.world):
+        if run.processes.several:
+            from stockpot.training.parallel.trainer import train_shared
+
+            return train_shared(
+                method, run, data, settings, scratch, on_step, where, watch or Watch()
+            )
+        return _train_alone(method, run, data, settings, scratch, on_step, where, watch or Watch())
+
+
+def _train_alone(
+    method: Method,
+    run: TaskRun,
+    data: TaskData,
+    settings: TrainingSettings,
+    scratch: Path,
+    on_step: Callable[[int, float | None], None],
+    where: str,
+    watch: Watch,
+) -> Trained:
+    trainer = TaskTrainer(method, run, data, settings, scratch, on_step, where, watch)
     memory = PeakMemory(run.device)
     memory.start()
-    checkpoint = trainer.usable_checkpoint()
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=trainer.usable_checkpoint())
     finally:
         trainer.release_model()
     check_finite(run.model, where)
@@ -129,104 +152,7 @@ def train_task(
     return Trained(run.total_steps, trainer.elapsed(), memory.stop(), log.points)
 
 
-class _LossLog:
-    """Mean losses over windows of steps; survives a resume, to the same numbers."""
-
-    def __init__(self, total_steps: int) -> None:
-        self.window = max(1, math.ceil(total_steps / _LOG_POINTS))
-        self.total = total_steps
-        self.points: list[tuple[int, float]] = []
-        self.pending: list[Tensor] = []
-        self._told = (time.monotonic(), 0, 0)
-
-    def add(self, loss: Tensor) -> None:
-        self.pending.append(loss.detach())
-
-    def close_window(self, step: int) -> float | None:
-        """The mean loss if ``step`` ends a window."""
-        if step % self.window and step != self.total:
-            return None
-        if not self.pending:
-            return None
-        # float64 means do not depend on how the sum was split by a resume.
-        windows = max(1, step - (self.points[-1][0] if self.points else 0))
-        mean = float(torch.stack(self.pending).double().sum()) / windows
-        self.pending = []
-        self.points.append((step, mean))
-        self._told = (time.monotonic(), step, 0)
-        return mean
-
-    def glimpse(self, step: int) -> float | None:
-        """The mean loss of the last second's steps, for whoever watches a long window."""
-        now = time.monotonic()
-        when, since, count = self._told
-        if now - when < _GLIMPSE_SECONDS:
-            return None
-        self._told = (now, step, len(self.pending))
-        recent = self.pending[count:]
-        return float(torch.stack(recent).double().sum()) / max(1, step - since) if recent else None
-
-    def state(self) -> dict[str, Any]:
-        return {"points": self.points, "pending": [float(loss) for loss in self.pending]}
-
-    def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        self.points = [(int(step), float(loss)) for step, loss in state["points"]]
-        self.pending = [torch.tensor(loss, device=device) for loss in state["pending"]]
-        self._told = (time.monotonic(), self.points[-1][0] if self.points else 0, 0)
-
-
-class _ShuffledBatches(Sampler[Tensor]):
-    """Batches of row numbers in an order that follows from the seed and the epoch alone.
-
-    Args:
-        examples: how many rows there are.
-        batch_size: rows of a batch; the last may have fewer.
-        seed: of the order.
-        lengths: (examples,) if rows of similar length are to share a batch: of each
-            ``_GROUPED`` shuffled batches the rows are sorted by length, and the batches shuffled.
-    """
-
-    def __init__(
-        self, examples: int, batch_size: int, seed: int, lengths: Tensor | None = None
-    ) -> None:
-        self.examples, self.batch_size, self.seed = examples, batch_size, seed
-        self.lengths = lengths
-        self.drop_last = False
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return math.ceil(self.examples / self.batch_size)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
-        order = torch.randperm(self.examples, generator=generator)
-        if self.lengths is None:
-            return iter(order.split(self.batch_size))
-        pools = order.split(_GROUPED * self.batch_size)
-        grouped = torch.cat([p[self.lengths[p].argsort(stable=True)] for p in pools])
-        batches = grouped.split(self.batch_size)
-        shuffled = torch.randperm(len(batches), generator=generator)
-        return iter([batches[number] for number in shuffled.tolist()])
-
-
-class _BatchLoader(DataLoader[Any]):
-    """A data loader over data that is fetched a batch at a time."""
-
-    def set_epoch(self, epoch: int) -> None:
-        sampler = self.batch_sampler
-        assert isinstance(sampler, _ShuffledBatches)
-        sampler.set_epoch(epoch)
-
-
-def _as_fetched(batch: Any) -> Any:
-    """A batch is collated by the data set that it came from."""
-    return batch
-
-
-class _TaskTrainer(Trainer):
+class TaskTrainer(Trainer):
     """``transformers.Trainer`` with the method's penalty, in-memory data and exact resume."""
 
     optimizer: torch.optim.Optimizer | None
@@ -244,9 +170,10 @@ class _TaskTrainer(Trainer):
     ) -> None:
         self.method, self.run, self.settings, self.watch = method, run, settings, watch
         self.scratch, self.where, self.on_step = scratch, where, on_step
-        self.log_of_losses = _LossLog(run.total_steps)
+        self.log_of_losses = LossLog(run.total_steps)
         self._seconds_before = 0.0
         self._began = time.perf_counter()
+        self._saved = time.monotonic()
         self._probing = 0.0
         own = run.model.__dict__
         self._own_forward = {"forward": own["forward"]} if "forward" in own else {}
@@ -255,7 +182,7 @@ class _TaskTrainer(Trainer):
             model=run.model,
             args=training_arguments(run, settings, scratch),
             train_dataset=data,
-            data_collator=_as_fetched,
+            data_collator=as_fetched,
             callbacks=[_Hooks(self)],
         )
         self.remove_callback(PrinterCallback)
@@ -269,12 +196,17 @@ class _TaskTrainer(Trainer):
     def probe(self, step: int, moment: str) -> None:
         """Take the scores that were asked for."""
         begin = time.perf_counter()
-        # Scores are taken in the weights' own precision, as they are after the task.
+        with self.model_to_score():
+            self.watch.probe(step, moment)
+        self._probing += time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def model_to_score(self) -> Iterator[None]:
+        """Scores are taken in the weights' own precision, as they are after the task."""
         around = {name: self.run.model.__dict__.get(name) for name in _AROUND}
         self.release_model()
-        self.watch.probe(step, moment)
+        yield
         self.run.model.__dict__.update({n: v for n, v in around.items() if v is not None})
-        self._probing += time.perf_counter() - begin
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of the settings, over all trainable parameters in one group."""
@@ -287,12 +219,8 @@ class _TaskTrainer(Trainer):
         """Batches straight from memory."""
         data: Any = self.train_dataset
         lengths = data.lengths() if self.settings.group_by_length else None
-        batches: Any = _ShuffledBatches(len(data), self.settings.batch_size, self.run.seed, lengths)
-        loader = _BatchLoader(data, batch_sampler=batches, collate_fn=_as_fetched)
-        if self.accelerator.num_processes == 1:
-            return loader
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
-        return prepared
+        batches: Any = ShuffledBatches(len(data), self.settings.batch_size, self.run.seed, lengths)
+        return BatchLoader(data, batch_sampler=batches, collate_fn=as_fetched)
 
     def compute_loss(
         self,
@@ -316,10 +244,7 @@ class _TaskTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward; then, before clipping, the method's penalty."""
-        if self.accelerator.distributed_type == DistributedType.NO:
-            loss = self._forward_backward(model, inputs, num_items_in_batch)
-        else:
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = self._forward_backward(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # the last micro-batch of an optimizer step
             scaler = self.accelerator.scaler
             self.run.loss_scale = scaler.get_scale() if scaler is not None else 1.0
@@ -328,7 +253,7 @@ class _TaskTrainer(Trainer):
                 loss = loss + penalty
         # On a CPU looking costs nothing; on a GPU it would wait, so windows are looked at instead.
         if self._on_cpu and not math.isfinite(float(loss)):
-            self._refuse_loss(self.state.global_step + 1, float(loss))
+            self.refuse_loss(self.state.global_step + 1, float(loss))
         self.log_of_losses.add(loss)
         return loss
 
@@ -343,7 +268,8 @@ class _TaskTrainer(Trainer):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _refuse_loss(self, step: int, loss: float) -> None:
+    def refuse_loss(self, step: int, loss: float) -> NoReturn:
+        """The loss is not finite: nothing that follows would be."""
         raise NonFiniteError(
             f"{self.where}: the loss is {loss} at step {step} of {self.run.total_steps}. "
             "Nothing of this task was saved; the tasks before it are intact. Lower "
@@ -365,7 +291,7 @@ class _TaskTrainer(Trainer):
         if loss is None:
             loss = self.log_of_losses.glimpse(step)
         if loss is not None and not math.isfinite(loss):
-            self._refuse_loss(step, loss)
+            self.refuse_loss(step, loss)
         self.on_step(step, loss)
         if closed is not None:
             begin = time.perf_counter()
@@ -411,6 +337,20 @@ class _TaskTrainer(Trainer):
         weights = read_tensors(Path(resume_from_checkpoint) / "model.safetensors")
         load_weights_(self.run.model, weights)
 
+    def time_to_save(self, step: int) -> bool:
+        """Whether a checkpoint is due when ``step`` is done."""
+        interval = self.settings.checkpoint_seconds
+        if interval is None or step >= self.run.total_steps:
+            return False
+        if time.monotonic() - self._saved < interval:
+            return False
+        self._saved = time.monotonic()
+        return True
+
+    def should_save(self, step: int) -> bool:
+        """Asked after a step."""
+        return self.time_to_save(step)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = self.scratch / f"checkpoint-{self.state.global_step}"
         with space_errors(folder):
@@ -431,29 +371,37 @@ class _TaskTrainer(Trainer):
             if other != folder:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def usable_checkpoint(self) -> Path | None:
+    def usable_checkpoint(self) -> str | None:
         """The newest complete checkpoint in ``scratch``; its log is taken up."""
+        found = self.find_checkpoint()
+        return None if found is None else self.take_up(*found)
+
+    def take_up(self, folder: Path, state: dict[str, Any]) -> str:
+        """Take up the log of a checkpoint; returns the folder for ``Trainer``."""
+        self.run.merges[:] = state["merges"]
+        self.run.curve[:] = state["curve"]
+        self.log_of_losses.restore(state["losses"], self.run.device)
+        self._seconds_before = state["seconds"]
+        return str(folder)
+
+    def find_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest complete checkpoint in ``scratch``, and what its marker says."""
         folders = sorted(
             self.scratch.glob("checkpoint-*"), key=lambda path: -int(path.name.split("-")[1])
         )
         for folder in folders:
             with contextlib.suppress(OSError, ValueError, KeyError):
-                state = json.loads((folder / _MARKER).read_text())
+                state: dict[str, Any] = json.loads((folder / _MARKER).read_text())
                 if all(sha256(folder / name) == digest for name, digest in state["files"].items()):
-                    self.run.merges[:] = state["merges"]
-                    self.run.curve[:] = state["curve"]
-                    self.log_of_losses.restore(state["losses"], self.run.device)
-                    self._seconds_before = state["seconds"]
-                    return folder
+                    return folder, state
         return None
 
 
 class _Hooks(TrainerCallback):
     """Hands the Trainer's events on and asks for a checkpoint when it is time."""
 
-    def __init__(self, trainer: _TaskTrainer) -> None:
+    def __init__(self, trainer: TaskTrainer) -> None:
         self._trainer = trainer
-        self._saved = time.monotonic()
 
     def on_train_begin(
         self,
@@ -473,9 +421,5 @@ class _Hooks(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._trainer.finish_step(state.global_step)
-        interval = self._trainer.settings.checkpoint_seconds
-        if interval is None or state.global_step >= self._trainer.run.total_steps:
-            return
-        if time.monotonic() - self._saved >= interval:
-            self._saved = time.monotonic()
+        if self._trainer.should_save(state.global_step):
             control.should_save = True
