@@ -16,6 +16,7 @@ from stockpot.metrics import (
     forgetting,
     forgetting_vs_best,
     fwt,
+    learning_accuracy,
 )
 from stockpot.report.table import Interval
 
@@ -48,6 +49,7 @@ B_4 = [0.10, 0.25, 0.25, 0.05]
 
 def test_the_worked_example_of_the_documentation() -> None:
     assert average_accuracy(R) == pytest.approx((0.5 + 0.7 + 0.9) / 3)
+    assert learning_accuracy(R) == pytest.approx((0.9 + 0.8 + 0.9) / 3)
     assert forgetting(R) == pytest.approx(0.25)
     assert forgetting_vs_best(R) == pytest.approx(0.25)
     assert bwt(R) == pytest.approx(-0.25)
@@ -83,9 +85,10 @@ def test_nothing_forgotten_is_plainly_zero() -> None:
     assert str(bwt(kept)) == str(forgetting(kept)) == "0.0"  # and not -0.0
 
 
-def test_one_task_has_only_an_average() -> None:
+def test_one_task_has_only_averages() -> None:
     assert all_metrics([[0.8]], [0.1]) == {
         "average": 0.8,
+        "learned": 0.8,
         "forgetting": None,
         "forgetting_vs_best": None,
         "bwt": None,
@@ -96,6 +99,7 @@ def test_one_task_has_only_an_average() -> None:
 def test_multitask_has_only_an_average() -> None:
     assert all_metrics([None, None, [0.6, 0.7, 0.8]], B) == {
         "average": pytest.approx(0.7),
+        "learned": None,
         "forgetting": None,
         "forgetting_vs_best": None,
         "bwt": None,
@@ -142,6 +146,7 @@ def test_the_other_formulas(given_scores: tuple[list[list[float]], list[float]])
     best = since[:-1, :-1].max(axis=0)
     expected = {
         "average": table[-1].mean(),
+        "learned": np.diag(table).mean(),
         "forgetting": (learned - ends).mean(),
         "forgetting_vs_best": (best - ends).mean(),
         "bwt": (ends - learned).mean(),
@@ -183,6 +188,71 @@ def test_inputs_are_not_changed(
     before = copy.deepcopy((rows, baseline))
     all_metrics(rows, baseline)
     assert (rows, baseline) == before
+
+
+# With gaps: what was not scored (evaluation.tasks).
+
+
+def test_a_thinned_matrix_by_hand() -> None:
+    """Every second task all are scored: the diagonal and the last row are whole, b is not."""
+    gaps = [
+        [0.50, None, None, None],
+        [0.60, 0.40, None, None],
+        [None, None, 0.80, None],
+        [0.80, 0.30, 0.20, 0.90],
+    ]
+    assert all_metrics(gaps, [0.1, None, None, None]) == {
+        "average": pytest.approx(2.20 / 4),
+        "learned": pytest.approx(2.60 / 4),
+        "forgetting": pytest.approx((-0.3 + 0.1 + 0.6) / 3),
+        "forgetting_vs_best": None,  # task 0 may have been better still after task 2
+        "bwt": pytest.approx((0.3 - 0.1 - 0.6) / 3),
+        "fwt": None,
+    }
+
+
+@quick
+@given(matrices(), st.data())
+def test_a_metric_is_right_or_none(
+    given_scores: tuple[list[list[float]], list[float]], data: st.DataObject
+) -> None:
+    """In numpy what is unknown is nan, and so is whatever is computed from it."""
+    matrix, baseline = given_scores
+    size = len(matrix)
+    table, b = np.array(matrix), np.array(baseline)
+    cells = st.tuples(st.integers(0, size - 1), st.integers(0, size - 1))
+    for t, i in data.draw(st.lists(cells, max_size=size)):
+        table[t, i] = np.nan
+    for i in data.draw(st.lists(st.integers(0, size - 1), max_size=2)):
+        b[i] = np.nan
+
+    def of(values: np.ndarray) -> float:
+        return float(values.mean()) if len(values) else math.nan
+
+    ends, learned = table[-1, :-1], np.diag(table)[:-1]
+    best = np.array([table[i:-1, i].max() for i in range(size - 1)])
+    expected = {
+        "average": of(table[-1]),
+        "learned": of(np.diag(table)),
+        "forgetting": of(learned - ends),
+        "forgetting_vs_best": of(best - ends),
+        "bwt": of(ends - learned),
+        "fwt": of(np.diag(table, k=1) - b[1:]),
+    }
+
+    def none(values: np.ndarray) -> list[float | None]:
+        return [None if np.isnan(value) else float(value) for value in values]
+
+    found = all_metrics([none(row) for row in table], none(b))
+    as_nan = {name: math.nan if value is None else value for name, value in found.items()}
+    assert as_nan == pytest.approx(expected, abs=1e-12, nan_ok=True)
+    lower = all_metrics([none(-row) for row in table], none(-b), "lower")
+    turned = {"average": -1, "learned": -1}
+    mirrored = {
+        name: value if value is None else value * turned.get(name, 1)
+        for name, value in lower.items()
+    }
+    assert mirrored == found
 
 
 def test_tuples_will_do() -> None:

@@ -111,6 +111,45 @@ def test_permuted_stream_is_a_prefix_of_a_longer_one():
         assert a.train.fingerprint() == b.train.fingerprint()
 
 
+def test_permuting_at_the_fetch_is_permuting_the_pixels():
+    """Against NumPy on a copy of all images; and the examples are those that they always were."""
+    data = images()
+    for task in permuted_stream("p", data, 6, 10, seed=1).tasks:
+        order = task.train.permutation
+        order = torch.arange(data.train_images[0].numel()) if order is None else order
+        for split, whole, labels in (
+            (task.train, data.train_images, data.train_labels),
+            (task.test, data.test_images, data.test_labels),
+        ):
+            copy = whole.numpy().reshape(len(whole), -1)[:, order.numpy()].reshape(whole.shape)
+            rows = list(range(len(whole)))[::-2]
+            batch = split.__getitems__(rows)
+            assert np.array_equal(batch["pixel_values"].numpy(), copy[rows])
+            assert torch.equal(batch["labels"], labels[rows])
+            own = ImageData(whole.clone(), labels.clone(), permutation=task.train.permutation)
+            assert split.fingerprint() == own.fingerprint()
+
+
+def test_a_thousand_permuted_tasks_cost_their_permutations_only():
+    data = LabelledImages(
+        *(torch.zeros(5000, 1, 28, 28, dtype=torch.uint8), torch.zeros(5000, dtype=torch.int64)) * 2
+    )
+    stream = permuted_stream("p", data, 1000, 10, seed=0)
+    own = {
+        (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+        for task in stream.tasks
+        for split in (task.train, task.test)
+        for tensor in (split.images, split.labels, split.rows, split.permutation)
+        if tensor is not None
+    }
+    shared = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in (data.train_images, data.train_labels, data.test_images, data.test_labels)
+    }
+    size = sum(nbytes for place, nbytes in own if place not in shared)
+    assert size <= 2 * 5000 * 8 + 1000 * 784 * 8
+
+
 def test_views_share_the_images():
     stream = permuted_stream("p", images(), 50, 10, seed=0)
     assert len({task.train.images.data_ptr() for task in stream.tasks}) == 1

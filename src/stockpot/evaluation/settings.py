@@ -7,6 +7,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from stockpot.streams.draws import limited
+
 __all__ = ["EvaluationSettings", "Programs"]
 
 
@@ -40,11 +42,26 @@ class EvaluationSettings(BaseModel):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="score all tasks during training too, every so many optimizer steps, or below "
-        "1 every such share of a task's steps; null: only after each task",
+        description="score during training too, every so many optimizer steps, or below 1 every "
+        "such share of a task's steps; null: only after each task",
+    )
+    tasks: Literal["all", "recent", "sample"] = Field(
+        "all",
+        description="what is scored after (and during) a task: all tasks; the tasks_limit latest; "
+        "or the current one and a sample of the earlier ones. After the last task always all",
+    )
+    tasks_limit: int = Field(
+        10,
+        ge=1,
+        description="how many tasks recent and sample score, the current one included",
+    )
+    every_tasks: int = Field(
+        1,
+        ge=1,
+        description="score other tasks than the current one only after every so many tasks",
     )
     merges: bool = Field(
-        False, description="score all tasks just before and just after every merge event"
+        False, description="score just before and just after every merge event too"
     )
     during_limit: int | None = Field(
         500, ge=1, description="examples per task for scores during training; null: all"
@@ -59,7 +76,7 @@ class EvaluationSettings(BaseModel):
         0,
         ge=0,
         description="points on the straight line from the anchor to the deployed weights at which "
-        "every task's held-out loss is taken, after each task; at least 3; 0: do not",
+        "the tasks' held-out loss is taken, after each task; at least 3; 0: do not",
     )
     line_limit: int | None = Field(
         200, ge=1, description="examples per task for the points of the line; null: all"
@@ -103,6 +120,44 @@ class EvaluationSettings(BaseModel):
                 f"pass_at = {list(self.pass_at)}: each k is from 1 to samples = {self.samples}"
             )
         return self
+
+    @property
+    def thinned(self) -> bool:
+        """Whether some scores are left out after some tasks."""
+        return self.tasks != "all" or self.every_tasks > 1
+
+    def tasks_during(self, current: int, count: int, seed: int) -> list[int]:
+        """Which tasks are scored while task ``current`` is trained, in the stream's order.
+
+        The current one is always among them. A sample is drawn by the seed and the task, so that
+        it is the same for all methods and after a resume; other seeds draw others.
+
+        Args:
+            current: the task that is trained, by number.
+            count: tasks of the stream.
+            seed: the run's.
+        """
+        if (current + 1) % self.every_tasks:
+            return [current]
+        if self.tasks == "all":
+            return list(range(count))
+        if self.tasks == "recent":
+            return list(range(max(0, current + 1 - self.tasks_limit), current + 1))
+        drawn = limited(range(current), self.tasks_limit - 1, seed * 1_000_003 + current)
+        return [*drawn, current]
+
+    def tasks_after(self, current: int, count: int, seed: int) -> list[int]:
+        """Which tasks are scored after task ``current``: all of them after the last."""
+        last = current == count - 1
+        return list(range(count)) if last else self.tasks_during(current, count, seed)
+
+    def tasks_at_start(self, count: int) -> list[int]:
+        """Which tasks the starting model is scored on.
+
+        Without the scores on tasks to come there is no forward transfer, and no use for those of
+        the starting model on all tasks; the one on the first task is where its curve begins.
+        """
+        return list(range(count)) if self.tasks == "all" else [0]
 
     def steps_between(self, total: int) -> int | None:
         """Optimizer steps between two scores during training of a task of ``total`` steps."""

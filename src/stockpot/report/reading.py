@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import from_json
 
 from stockpot.errors import StockpotError
-from stockpot.report.runs import Line, fill, not_measured
+from stockpot.report.runs import Line, asked_for, fill, not_measured
 from stockpot.report.shapes import (
     DESCRIBED,
     ENVIRONMENT,
@@ -114,13 +114,14 @@ def read_record(folder: Path) -> Recorded:
     logs = {name: reader.log(name) for name in LINES}
     tasks, runs = _layout(plan, summary, logs)
     by_run = {name: reader.by_run(name, logs[name], runs, tasks) for name in LINES}
-    about = _about(plan, summary, described)
+    about, settings = _about(plan, summary, described), asked_for(described)
     if not logs["scores"] and summary:
         reader.gaps.append("scores.jsonl has no scores; R is taken from summary.json")
     for run in runs:
         own = {name: lines.get(run["run"], []) for name, lines in by_run.items()}
         run.update(about)
-        reader.gaps += fill(run, tasks, own, summary.get(run["run"]), bool(logs["scores"]))
+        held = summary.get(run["run"])
+        reader.gaps += fill(run, tasks, own, held, bool(logs["scores"]), settings)
     reader.gaps += not_measured(runs, described, tasks)
     failures = reader.failures()
     for run in runs:

@@ -6,9 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import ValidationError
+
+from stockpot.evaluation.settings import EvaluationSettings
 from stockpot.metrics import all_metrics
 
-__all__ = ["Line", "Logs", "fill", "not_measured"]
+__all__ = ["Line", "Logs", "asked_for", "fill", "not_measured"]
 
 Line = dict[str, Any]
 Logs = dict[str, list[Line]]
@@ -27,7 +30,12 @@ _COSTS = (
 
 
 def fill(
-    run: dict[str, Any], tasks: Sequence[str], own: Logs, held: Line | None, scored: bool
+    run: dict[str, Any],
+    tasks: Sequence[str],
+    own: Logs,
+    held: Line | None,
+    scored: bool,
+    settings: EvaluationSettings,
 ) -> list[str]:
     """Give a run its scores, metrics and logs.
 
@@ -37,6 +45,7 @@ def fill(
         own: its lines of each log.
         held: what summary.json has of it.
         scored: whether scores.jsonl has anything at all.
+        settings: which scores there should be.
 
     Returns:
         What is missing, in words.
@@ -45,7 +54,7 @@ def fill(
     rows = _rows(scores, tasks)
     b = rows.pop(None, None)
     R: list[list[float | None] | None] = [rows.get(task) for task in tasks]
-    gaps = _holes(run, R, b, tasks)
+    gaps = _holes(run, R, b, tasks, settings)
     if held is not None and held["tasks"] == list(tasks) and _has_more(held, R, b):
         R, b = held["R"], held["b"]
         gaps = [f"run {run['run']}: scores that scores.jsonl lacks are taken from summary.json"]
@@ -80,6 +89,16 @@ def fill(
     return gaps
 
 
+def asked_for(described: Mapping[str, Any]) -> EvaluationSettings:
+    """Which scores a record should have, by its experiment.json; if that is lost, all."""
+    held = described.get("evaluation")
+    known = {"tasks", "tasks_limit", "every_tasks"}
+    try:
+        return EvaluationSettings(**{k: v for k, v in (held or {}).items() if k in known})
+    except ValidationError:
+        return EvaluationSettings()
+
+
 def _one_of(metrics: set[str | None]) -> str:
     """The metric that all scores are of; tasks may have metrics of their own."""
     return (next(iter(metrics)) if len(metrics) == 1 else None) or "score"
@@ -103,6 +122,7 @@ def _holes(
     R: Sequence[Sequence[float | None] | None],
     b: Sequence[float | None] | None,
     tasks: Sequence[str],
+    settings: EvaluationSettings,
 ) -> list[str]:
     """Scores that must have been there: of every stage up to the last that has one."""
     if not any(R):
@@ -111,11 +131,16 @@ def _holes(
     planned = [stage["row"] for stage in run.get("stages") or []]
     # Where no plan says it: joint training has no row but the last.
     expected = planned or ([last] if sum(map(bool, R)) == 1 else range(last + 1))
-    looked_at = [("before training", b)]
-    looked_at += [(f"after {tasks[t]}", R[t]) for t in expected if t <= last]
+    count = len(tasks)
+    looked_at = [("before training", b, settings.tasks_at_start(count))]
+    looked_at += [
+        (f"after {tasks[t]}", R[t], settings.tasks_after(t, count, run["seed"]))
+        for t in expected
+        if t <= last
+    ]
     gaps = []
-    for when, row in looked_at:
-        missing = [task for n, task in enumerate(tasks) if row is None or row[n] is None]
+    for when, row, wanted in looked_at:
+        missing = [tasks[n] for n in wanted if row is None or row[n] is None]
         if missing:
             gaps.append(f"run {run['run']}: no score {when} on {_some(missing)}")
     return gaps
@@ -130,7 +155,11 @@ def _has_more(
 ) -> bool:
     """Whether summary.json has a score that the log has not."""
     pairs = [(held["b"], b), *zip(held["R"], R, strict=True)]
-    return any(whole is not None and (row is None or None in row) for whole, row in pairs)
+    return any(
+        value is not None and (row is None or row[n] is None)
+        for whole, row in pairs
+        for n, value in enumerate(whole or ())
+    )
 
 
 def _without_a_line(
@@ -147,13 +176,7 @@ def _metrics(
     """The metrics of a run that went through the stream; costs where every stage says them."""
     if not run["finished"]:
         return {}
-    R = [row if row is not None and None not in row else None for row in run["R"]]
-    b = run["b"]
-    found: dict[str, float | None] = dict(
-        all_metrics(R, b if b is not None else [0.0] * len(R), run["better"])
-    )
-    if b is None:
-        found["fwt"] = None
+    found = all_metrics(run["R"], run["b"], run["better"])
     if not complete:  # a part of the costs would look like all of them
         kept = (held or {}).get("metrics", {})
         return {**found, **{key: kept.get(key) for key in _COSTS}}

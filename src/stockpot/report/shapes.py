@@ -155,7 +155,9 @@ class Plan(TypedDict):
 def _square(run: SummaryRun) -> SummaryRun:
     size = len(run["tasks"])
     rows = [run["b"], *(row for row in run["R"] if row is not None)]
-    if len(run["R"]) != size or any(len(row) != size for row in rows) or run["R"][-1] is None:
+    last = run["R"][-1] if run["R"] else None
+    square = len(run["R"]) == size and all(len(row) == size for row in rows)
+    if not square or last is None or None in last:
         raise ValueError("R or b has not one score a task")
     return run
 
@@ -173,8 +175,8 @@ class SummaryRun(TypedDict):
     tasks: Names
     metric: NotRequired[str]
     better: NotRequired[Better]
-    R: list[list[Number] | None]
-    b: list[Number]
+    R: list[list[Number | None] | None]
+    b: list[Number | None]
     metrics: dict[str, Number | None]
 
 

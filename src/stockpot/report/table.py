@@ -76,20 +76,18 @@ class Group:
         return Interval.of([run["R"][-1][run["tasks"].index(task)] for run in self.runs])
 
     def matrix(self) -> list[list[float | None]]:
-        """R, averaged over the seeds of the first run's task order."""
-        size = len(self.runs[0]["R"])
+        """R, averaged over the seeds of the first run's task order.
+
+        A cell is the mean over the runs that have it, as on the page: seeds that score samples of
+        the tasks (``evaluation.tasks``) score different ones.
+        """
+        size = range(len(self.runs[0]["R"]))
         alike = [run["R"] for run in self.runs if run["tasks"] == self.runs[0]["tasks"]]
         rows: list[list[float | None]] = []
-        for t in range(size):
-            row = [R[t] for R in alike if R[t] is not None]
-            cells = [[r[i] for r in row] for i in range(size)]
-            complete = len(row) == len(alike)
-            rows.append(
-                [
-                    math.fsum(cell) / len(cell) if complete and None not in cell else None
-                    for cell in cells
-                ]
-            )
+        for t in size:
+            found = [R[t] for R in alike if R[t] is not None]
+            cells = [[row[i] for row in found if row[i] is not None] for i in size]
+            rows.append([math.fsum(cell) / len(cell) if cell else None for cell in cells])
         return rows
 
 

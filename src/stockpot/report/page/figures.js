@@ -76,6 +76,10 @@
       });
     });
   }
+  function runsOfCell(group, t, i) { // seeds that score samples of the tasks score different ones
+    const count = stockpot.inOneOrder(group).filter((run) => run.R[t] && run.R[t][i] !== null).length;
+    return `mean of ${count} run${count > 1 ? "s" : ""}`;
+  }
   function matrixGroups() {
     const picked = best();
     page.now.groups.forEach((group, n) => { // of a method with no finished run, one that has begun
@@ -92,13 +96,13 @@
     const axis = few
       ? { tickvals: tasks.map((_, n) => n), ticktext: tasks.map((t) => esc(stockpot.clip(t, 14))), tickangle: tasks.length <= 3 ? 0 : -40 }
       : { tickvals: tasks.map((_, n) => n).filter((n) => n % Math.ceil(tasks.length / 6) === 0), ticktext: tasks.map((_, n) => n + 1).filter((n) => (n - 1) % Math.ceil(tasks.length / 6) === 0) };
-    const runs = stockpot.inOneOrder(group).filter((run) => run.R.some((row) => row)).length;
     return {
       data: [{
         type: "heatmap", z, zmin: limits[0], zmax: limits[1], colorscale: "Viridis", reversescale: m.better === "lower", xgap: few ? 2 : 0.5, ygap: few ? 2 : 0.5, showlegend: false, meta: { points: z.flat().filter((v) => v !== null).length },
         text: z.map((row) => row.map((v) => (v === null ? "" : v.toFixed(m.unit === "%" ? 0 : 2)))), texttemplate: few ? "%{text}" : "", textfont: { size: 12 },
-        customdata: tasks.map((after) => tasks.map((on) => `after ${esc(after)}<br>on ${esc(on)}`)),
-        hovertemplate: `<b>${esc(page.now.groups[group].title)}</b><br>%{customdata}: %{z:.${m.digits}f} ${m.unit}<br>mean of ${runs} run${runs > 1 ? "s" : ""}<extra></extra>`,
+        hoverongaps: false,
+        customdata: tasks.map((after, t) => tasks.map((on, i) => [`after ${esc(after)}<br>on ${esc(on)}`, runsOfCell(group, t, i)])),
+        hovertemplate: `<b>${esc(page.now.groups[group].title)}</b><br>%{customdata[0]}: %{z:.${m.digits}f} ${m.unit}<br>%{customdata[1]}<extra></extra>`,
         colorbar: { thickness: 9, outlinewidth: 0, title: { text: esc(m.unit) }, tickfont: { size: 11 } },
       }],
       layout: {
@@ -111,7 +115,7 @@
   function matrices() {
     const held = stockpot.card("matrices", "Score matrices: what each task did to all others");
     const holder = el("div", { class: "maps" });
-    held.body.append(holder, el("p", { class: "caption" }, "Row: after training through that task. Column: the task scored. Below the diagonal is what was kept; empty rows were not trained (yet). All matrices share one colour scale."));
+    held.body.append(holder, el("p", { class: "caption" }, "Row: after training through that task. Column: the task scored. Below the diagonal is what was kept; empty rows were not trained (yet), empty cells not scored. All matrices share one colour scale."));
     function fill() {
       page.figures = page.figures.filter((f) => !f.name.startsWith("matrix-"));
       holder.replaceChildren();

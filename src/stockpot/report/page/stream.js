@@ -94,7 +94,7 @@
     return {
       data,
       layout: {
-        height: tasks.length > 8 ? 440 : 390, shapes, annotations, showlegend: true, margin: { l: 55, r: 12, t: 26, b: 45 },
+        height: tasks.length > 8 ? 440 : 390, shapes, annotations, showlegend: tasks.length <= 40, margin: { l: 55, r: 12, t: 26, b: 45 },
         legend: { orientation: "h", y: -0.2, itemclick: "toggleothers", itemdoubleclick: "toggle", font: { size: 11.5 } },
         xaxis: { title: { text: "optimizer step of the whole stream" }, zeroline: false },
         yaxis: { title: { text: axisTitle(m.name, m.unit) }, ...(m.unit === "%" ? { range: [-2, 102] } : {}), zeroline: false },

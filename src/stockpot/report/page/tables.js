@@ -90,8 +90,9 @@
   stockpot.addHow = () => {
     const held = stockpot.card("how", "How it was made");
     const facts = [`${page.now.about.stream}; scenario: ${page.now.about.scenario || "not stated"}; model: ${page.now.about.model}; seeds ${page.now.seeds.join(", ")}`];
-    if (page.now.orders.length > 1) page.now.orders.forEach((order, n) => facts.push(`task order ${n + 1}: ${order.map((t) => page.now.tasks[t]).join(" → ")}`));
-    else facts.push(`tasks in order: ${page.now.tasks.join(" → ")}`);
+    const inOrder = (tasks) => tasks.slice(0, 40).join(" → ") + (tasks.length > 40 ? ` → and ${tasks.length - 40} more` : "");
+    if (page.now.orders.length > 1) page.now.orders.forEach((order, n) => facts.push(`task order ${n + 1}: ${inOrder(order.map((t) => page.now.tasks[t]))}`));
+    else facts.push(`tasks in order: ${inOrder(page.now.tasks)}`);
     held.body.append(...facts.map((text) => el("p", {}, text)));
     for (const how of page.now.how) {
       if (page.now.how.length > 1) held.body.append(el("h3", {}, how.folder));
