@@ -112,7 +112,7 @@ def ours(folder: Path) -> dict[str, float]:
     from stockpot.models.language import _format
     from stockpot.models.settings import HuggingFace
     from stockpot.streams.text import exchange
-    from stockpot.training.trainer import _as_fetched, _BatchLoader, _ShuffledBatches
+    from stockpot.training.batches import BatchLoader, ShuffledBatches, as_fetched
 
     rows = [exchange(row["prompt"], row["completion"][1:]) for row in examples()]
     _, form = _format(HuggingFace(id=str(folder), max_length=LONGEST))
@@ -120,9 +120,9 @@ def ours(folder: Path) -> dict[str, float]:
     result: dict[str, float] = {}
     with measured(result, "tokenising"):
         data, _ = form.data(rows)
-    sampler: Any = _ShuffledBatches(len(data), BATCH, 0, data.lengths())
+    sampler: Any = ShuffledBatches(len(data), BATCH, 0, data.lengths())
     with measured(result, "batching"):
-        count(result, _BatchLoader(data, batch_sampler=sampler, collate_fn=_as_fetched))
+        count(result, BatchLoader(data, batch_sampler=sampler, collate_fn=as_fetched))
     return result
 
 

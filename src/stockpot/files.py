@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "read_text",
     "remove_scratch",
     "sha256",
+    "shared",
     "space_errors",
     "write_json",
     "write_tensors",
@@ -66,13 +68,26 @@ def _disk_full(path: Path) -> DiskFullError:
     )
 
 
-@contextlib.contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> AbstractContextManager[None]:
     """Hold a folder for this process; the lock goes with the process, however it ends.
 
     Raises:
-        StockpotError: if another process holds it.
+        StockpotError: if another process holds or shares it.
     """
+    return _locked(folder, alone=True)
+
+
+def shared(folder: Path) -> AbstractContextManager[None]:
+    """Hold a folder together with others that share it.
+
+    Raises:
+        StockpotError: if another process holds it for itself.
+    """
+    return _locked(folder, alone=False)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, alone: bool) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # not on this system; two runs in one folder are then not noticed
@@ -83,7 +98,7 @@ def exclusive(folder: Path) -> Iterator[None]:
         file = path.open("a")
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StockpotError(
                 f"another stockpot process is working in {folder}. Wait for it, or choose another "

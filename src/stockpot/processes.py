@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from stockpot.errors import ConfigError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -28,8 +30,15 @@ _TIMEOUT = datetime.timedelta(hours=2)
 
 
 def launched() -> int:
-    """How many processes a launcher says there are; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """How many processes a launcher says there are; 1 without one.
+
+    Raises:
+        ConfigError: if ``WORLD_SIZE`` is no number of processes.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"WORLD_SIZE = {text!r} is no number of processes; unset it")
+    return int(text)
 
 
 @dataclass(frozen=True)
@@ -123,12 +132,23 @@ ALONE = Processes()
 
 
 def processes() -> Processes:
-    """Join the processes that a launcher started, once; alone without a launcher."""
+    """Join the processes that a launcher started, once; alone without a launcher.
+
+    Raises:
+        ConfigError: if the environment says that there are others but not how to find them.
+    """
     if launched() == 1:
         return ALONE
     import torch.distributed as dist
 
     if not dist.is_initialized():
+        needed = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in needed if name not in os.environ]
+        if missing:
+            raise ConfigError(
+                f"WORLD_SIZE says that {launched()} processes share this run, but {missing[0]} is "
+                "not set. Start it with torchrun or accelerate launch, or unset WORLD_SIZE"
+            )
         dist.init_process_group(timeout=_TIMEOUT)
     local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     return Processes(dist.get_rank(), dist.get_world_size(), local)

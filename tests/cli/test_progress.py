@@ -344,6 +344,144 @@ def test_a_terminal_without_unicode_gets_ascii():
     assert "task 2 of 2: zwei" in text
 
 
+# Several runs at a time.
+
+
+def several(names, at_work, finished=2, clock=None):
+    """Runs of five settings that go on at a time: those of even numbers have a loss."""
+    progress = Progress("An experiment", clock or Clock())
+    runs = []
+    for number in range(finished + at_work):
+        keys = [f"{number}-{task}" for task in range(len(names))]
+        stages = tuple(Stage(n, (n,), n, 10, "", key, key) for n, key in enumerate(keys))
+        method = SFA(p=(1 + number % 5) / 10, beta=0.5)
+        runs.append(Run(f"run-{number}", method, number // 5, stages))
+    progress.experiment_begins(Plan(tuple(runs), ""), tuple(names), There())
+    row = Row(dict.fromkeys(names, 0.5), "accuracy", "higher")
+    for run in runs:
+        progress.run_begins(run, 0)
+        progress.stage_begins(run, run.stages[0], [])
+    for run in runs[:finished]:
+        for stage in run.stages:
+            progress.stage_begins(run, stage, [])
+            progress.stage_ends(run, stage, True, row)
+        progress.run_ends(run)
+    for number, run in enumerate(runs[finished:]):
+        if number % 2 == 0:
+            progress.step(run, 1 + number % 9, 0.25)
+    return progress, runs
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    width=st.integers(1, 220),
+    height=st.integers(1, 60),
+    names=st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=9, unique=True),
+    at_work=st.integers(0, 40),
+    finished=st.integers(0, 12),
+)
+def test_the_view_of_several_runs_fits_any_terminal(width, height, names, at_work, finished):
+    progress, _ = several(names, at_work, finished)
+    lines = drawn(progress, width, height)
+    assert len(lines) <= max(1, height - 1)
+    for line in lines:
+        assert cell_len(line) <= max(1, width - 1)
+        assert line.isprintable()
+
+
+def test_each_run_has_a_line_with_its_own_numbers():
+    progress, _ = several(["one", "two"], 4)
+    lines = drawn(progress, 80, 24)
+    assert re.fullmatch(r"An experiment +2 of 6 runs done, 4 running", lines[0])
+    expected = {
+        "sfa p=0.3 beta=0.5, seed 0": "10 %  loss 0.25",
+        "sfa p=0.4 beta=0.5, seed 0": "0 %  starting",
+        "sfa p=0.5 beta=0.5, seed 0": "30 %  loss 0.25",
+        "sfa p=0.1 beta=0.5, seed 1": "0 %  starting",
+    }
+    shown = [line for line in lines if re.search(r", seed \d +1/2 one ", line)]
+    assert len(shown) == 4
+    for line, (name, numbers) in zip(shown, expected.items(), strict=True):
+        assert line.startswith(name)
+        assert line.rstrip().endswith(f" {numbers}")
+    assert len({line.index("%") for line in shown}) == 1, "one below the other"
+    assert any(line.startswith("sfa p=0.2 beta=0.5 ") and "1 of 1" in line for line in lines)
+
+
+def test_of_many_runs_some_are_shown_and_the_others_counted():
+    progress, _ = several(["one", "two"], 40)
+    lines = drawn(progress, 80, 24)
+    shown = sum(", seed" in line for line in lines)
+    assert f"and {40 - shown} more running" in lines
+    assert shown >= 8
+    tall = drawn(progress, 80, 60)
+    assert sum(", seed" in line for line in tall) == 40
+
+
+def test_a_run_that_waits_for_another_has_no_line_until_it_goes_on():
+    progress, runs = several(["one", "two"], 2)
+    row = Row({"one": 0.5, "two": 0.5}, "accuracy", "higher")
+    waits = runs[2]
+    progress.stage_ends(waits, waits.stages[0], True, row)
+    assert sum(", seed" in line for line in drawn(progress, 80, 24)) == 1
+    progress.run_begins(waits, 1)
+    progress.stage_begins(waits, waits.stages[1], [])
+    assert sum(", seed" in line for line in drawn(progress, 80, 24)) == 2
+    progress.step(waits, 10, 0.1)
+    # Of four runs two are done, one is at its end, and one has done nothing.
+    assert progress.share_done() == pytest.approx((2 + 1 + 0 / 20) / 4)
+
+
+def test_lines_of_several_runs_are_of_one_run_each():
+    clock, out = Clock(), io.StringIO()
+    observer = LineObserver(Console(file=out, width=40), "x", clock)
+    plan = two_runs()
+    observer.experiment_begins(plan, ("first", "second"), There())
+    one, other = plan.runs
+    for run in plan.runs:
+        observer.run_begins(run, 0)
+    rows = {one.id: Row({"first": 0.25, "second": 0.25}, "accuracy", "higher")}
+    rows[other.id] = Row({"first": 0.75, "second": 0.75}, "accuracy", "higher")
+    for stages in zip(one.stages, other.stages, strict=True):
+        for run, stage in zip(plan.runs, stages, strict=True):
+            observer.stage_begins(run, stage, [])
+        for step in range(1, 51):
+            clock.now += 1
+            observer.step(one, step, 1.0)
+            observer.step(other, max(1, step // 2), 2.0)
+        for run, stage in zip(plan.runs, stages, strict=True):
+            observer.stage_ends(run, stage, True, rows[run.id])
+    for run in plan.runs:
+        observer.run_ends(run)
+    said = out.getvalue().splitlines()
+    of_one = [line for line in said if line.startswith("sequential-seed0, task")]
+    of_other = [line for line in said if line.startswith("sfa-seed0, task")]
+    assert min(len(of_one), len(of_other)) >= 5, "in turn"
+    for lines_, loss in ((of_one, "loss 1"), (of_other, "loss 2")):
+        assert all(loss in line for line in lines_)
+    assert max(int(re.search(r"step (\d+) of 50", line)[1]) for line in of_one) > 25
+    assert max(int(re.search(r"step (\d+) of 50", line)[1]) for line in of_other) <= 25
+    assert "[1/2] sequential-seed0: average 25.0 %  (100.0 s)" in said[-2].replace(
+        ", about 1 s left", ""
+    )
+    assert said[-1] == "[2/2] sfa-seed0: average 75.0 %  (100.0 s)"
+
+
+def test_two_at_a_time_in_a_terminal(terminal, path, tmp_path):
+    window = terminal(80, 24, "run", path, "--jobs", 2, *LONG, "-o", tmp_path / "out")
+    text = window.wait_for(
+        lambda text: "2 running" in text and "best so far" in text and " left" in text
+    )
+    running = re.findall(r"^(?:sequential|sfa p=0.25 beta=0.5), seed \d+ +\d/3 \d-\d", text, re.M)
+    assert len(running) == len(set(running)) == 2
+    assert re.search(r"\d+ of 60 runs done, 2 running", text)
+    window.resize(40, 10)
+    text = window.wait_for(lambda text: re.search(r"\d+/60 runs, 2 running", text))
+    assert all(len(line) < 40 for line in text.splitlines()[-8:])
+    window.resize(80, 24)
+    check_clean_after_ctrl_c(window)
+
+
 def test_few_tasks_are_shown_as_a_triangle():
     progress, R = watched(["one", "two", "three", "four"], 3)
     lines = drawn(progress, 80, 40)

@@ -35,7 +35,7 @@ def play(left, clock, run, number, steps, per_step, rest, every=1):
     left.stage_begins(run, stage)
     clock.now += rest / 2
     for step in range(1, steps + 1, every):
-        left.step(step)
+        left.step(run, step)
         clock.now += per_step * (step < steps)
     clock.now += rest / 2
     left.stage_ends(run, stage, trained=bool(steps))
@@ -67,10 +67,10 @@ def test_no_number_without_a_basis():
     left.stage_begins(run, run.stages[0])
     clock.now += 60  # however long it takes to get ready
     assert left.left() is None
-    left.step(1)
+    left.step(run, 1)
     assert left.left() is None, "one step has no duration"
     clock.now += 0.5
-    left.step(2)
+    left.step(run, 2)
     assert left.left() is None, "half a second says little"
 
 
@@ -79,9 +79,9 @@ def test_before_anything_was_scored_the_number_is_of_training_alone():
     run = run_of("run", ("A", 100, "A"), ("B", 100, "B"))
     left = TimeLeft(Plan((run,), ""), There(), clock)
     left.stage_begins(run, run.stages[0])
-    left.step(1)
+    left.step(run, 1)
     clock.now += 18
-    left.step(10)  # 2 s a step
+    left.step(run, 10)  # 2 s a step
     estimate = left.left()
     assert estimate.seconds == pytest.approx(190 * 2)
     assert not estimate.whole
@@ -115,12 +115,12 @@ def test_it_counts_down_within_a_stage():
     play(left, clock, run, 0, 101, 1.0, 40)  # two models: 20 s each
     assert left.left().seconds == pytest.approx(101 + 20)
     left.stage_begins(run, run.stages[1])
-    left.step(1)
+    left.step(run, 1)
     clock.now += 50
-    left.step(51)
+    left.step(run, 51)
     assert left.left().seconds == pytest.approx(50 + 20)
     clock.now += 50
-    left.step(101)
+    left.step(run, 101)
     assert left.left().seconds == pytest.approx(20)
     clock.now += 15  # scoring
     assert left.left().seconds == pytest.approx(5)
@@ -178,9 +178,9 @@ def test_a_resumed_experiment_counts_what_is_left():
     clock.now += 10
     left.stage_ends(run, run.stages[1], trained=False)
     left.stage_begins(run, run.stages[2])
-    left.step(31)  # from a checkpoint
+    left.step(run, 31)  # from a checkpoint
     clock.now += 10
-    left.step(36)
+    left.step(run, 36)
     assert left.left().seconds == pytest.approx(15 * 2 + 10)
 
 
@@ -191,11 +191,89 @@ def test_what_a_failed_run_would_have_trained_falls_to_the_next():
     left = TimeLeft(Plan((first, second), ""), There(), clock)
     assert left.steps == 11 + 1000 + 21
     left.stage_begins(first, first.stages[0])
-    left.step(1)
+    left.step(first, 1)
     left.run_failed(first)
     assert left.steps == 11 + 21
     play(left, clock, second, 0, 11, 1.0, 6)
     assert left.left().seconds == pytest.approx(21 + 3)
+
+
+def at_a_time(left, clock, runs, number, steps, per_step, rest):
+    """The same stage of several runs at the same time, each as in ``play``."""
+    for run in runs:
+        left.stage_begins(run, run.stages[number])
+    for step in range(1, steps + 1):
+        for run in runs:
+            left.step(run, step)
+        clock.now += per_step * (step < steps)
+    clock.now += rest
+    for run in runs:
+        left.stage_ends(run, run.stages[number], trained=True)
+
+
+def test_several_runs_at_a_time_share_what_is_left():
+    """Six runs of two stages, 20 s of steps and 5 s of scores each, three at a time."""
+    clock = Clock()
+    runs = [
+        run_of(f"run{n}", (f"A{n}", 11, f"A{n}"), (f"B{n}", 11, f"B{n}"), seed=n) for n in range(6)
+    ]
+    left = TimeLeft(Plan(tuple(runs), ""), There(), clock)
+    at_a_time(left, clock, runs[:3], 0, 11, 2.0, 10)  # two models each: 5 s a model
+    at_a_time(left, clock, runs[:3], 1, 11, 2.0, 5)
+    # Three runs are left, of 22 steps and three models each, and three can run at a time.
+    assert left.left().seconds == pytest.approx(22 * 2 + 3 * 5)
+
+
+def test_no_run_takes_less_than_its_own_time():
+    clock = Clock()
+    short = [run_of(f"short{n}", (f"A{n}", 11, f"A{n}"), seed=n) for n in range(4)]
+    stages = [(f"L{n}", 11, f"L{n}") for n in range(10)]
+    long = run_of("long", *stages, seed=9)
+    left = TimeLeft(Plan((*short, long), ""), There(), clock)
+    at_a_time(left, clock, short, 0, 11, 1.0, 4)
+    # 110 steps and eleven models at 2 s, one after another: a second process is of no help.
+    assert left.left().seconds == pytest.approx(110 + 11 * 2)
+
+
+def test_it_counts_down_while_several_run():
+    clock = Clock()
+    runs = [
+        run_of(f"run{n}", (f"A{n}", 101, f"A{n}"), (f"B{n}", 101, f"B{n}"), seed=n)
+        for n in range(2)
+    ]
+    left = TimeLeft(Plan(tuple(runs), ""), There(), clock)
+    at_a_time(left, clock, runs, 0, 101, 1.0, 40)
+    for run in runs:
+        left.stage_begins(run, run.stages[1])
+        left.step(run, 1)
+        clock.now += 25
+    left.step(runs[0], 51)
+    left.step(runs[1], 26)
+    # 101 steps of 1 s and a model of 20 s each, less 51 and 26 steps: the second takes longest.
+    assert left.left().seconds == pytest.approx(101 - 26 + 20)
+
+
+def test_what_another_run_trained_in_the_meantime_is_not_left():
+    clock = Clock()
+    first = run_of("first", ("A", 11, "A"), ("B", 21, "B"))
+    second = run_of("second", ("A", 11, "A"), ("C", 31, "C"))
+    left = TimeLeft(Plan((first, second), ""), There(), clock)
+    assert left.steps == 11 + 21 + 31
+    play(left, clock, second, 0, 11, 1.0, 2)
+    assert left.steps == 21 + 31
+
+
+def test_a_run_whose_process_was_lost_begins_its_stage_again():
+    clock = Clock()
+    run = run_of("run", ("A", 11, "A"), ("B", 101, "B"))
+    left = TimeLeft(Plan((run,), ""), There(), clock)
+    play(left, clock, run, 0, 11, 1.0, 40)
+    left.stage_begins(run, run.stages[1])
+    left.step(run, 1)
+    clock.now += 50
+    left.step(run, 51)
+    left.run_stops(run)
+    assert left.left().seconds == pytest.approx(101 + 20)
 
 
 @pytest.mark.parametrize(

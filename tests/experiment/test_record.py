@@ -465,9 +465,10 @@ class _Interrupter:
             raise KeyboardInterrupt
 
 
-def test_several_processes_are_refused(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("world", "said"), [("2", "RANK is not set"), ("two", "no number")])
+def test_half_a_launcher_is_refused(made, tmp_path, monkeypatch, world, said):
     path, _ = made
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one process"):
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(ConfigError, match=said):
         run_file(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -76,7 +76,7 @@ def _child(path: Path, output: Path, overrides: Sequence[str], die_at: dict[str,
             real(file)
 
         os.fsync = fsync
-    run_file(path, output, overrides, observer=Assassin())
+    run_file(path, output, overrides, observer=Assassin(), jobs=die_at.get("jobs", 1))
 
 
 _context = multiprocessing.get_context("forkserver")
@@ -98,7 +98,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def record_of(folder: Path) -> dict[str, Any]:
     """All of a record that a kill must not change: everything but times, memory and who trained."""
-    volatile = {"seconds", "peak_memory", "trained_here"}
+    volatile = {"seconds", "wall_seconds", "peak_memory", "resident_memory", "trained_here"}
 
     def steady(value: dict[str, Any]) -> dict[str, Any]:
         return {key: item for key, item in value.items() if key not in volatile}

@@ -124,6 +124,8 @@ def metrics(rows: dict[int, list[float]], b: list[float], t: int) -> dict[str, f
     """Over the tasks 0..t, as docs/metrics.md has them."""
     last = rows[t]
     found = {"average": sum(last[: t + 1]) / (t + 1)}
+    if set(rows) >= set(range(t + 1)):
+        found["learned"] = sum(rows[i][i] for i in range(t + 1)) / (t + 1)
     if t and set(rows) >= set(range(t + 1)):
         found["forgetting"] = sum(rows[i][i] - last[i] for i in range(t)) / t
         found["bwt"] = -found["forgetting"]

@@ -13,10 +13,12 @@ from stockpot.cli import distance as distance_verb
 from stockpot.cli import fisher as fisher_verb
 from stockpot.cli import list_ as list_verb
 from stockpot.cli import merge as merge_verb
+from stockpot.cli import plan as plan_verb
 from stockpot.cli import report as report_verb
 from stockpot.cli import run as run_verb
 from stockpot.cli.output import complain
 from stockpot.errors import ConfigError, StockpotError
+from stockpot.processes import said_by_main
 
 __all__ = ["app", "main"]
 
@@ -35,6 +37,12 @@ app.command(
     epilog="The least that an experiment needs: [green]{stream: digits, model: mlp, methods: "
     "\\[sequential, sfa]}[/]. `stockpot list` shows all that may stand in one.",
 )(run_verb.run)
+app.command(
+    "plan",
+    no_args_is_help=True,
+    epilog="On a cluster: [green]stockpot plan X.yaml --slurm --time 04:00:00 > submit.sh; bash "
+    "submit.sh[/]",
+)(plan_verb.plan)
 app.command("list")(list_verb.list_)
 app.command(
     "merge",
@@ -76,12 +84,10 @@ def main() -> None:
     """
     try:
         app()
-    except ConfigError as error:
-        complain(str(error))
-        sys.exit(2)
     except StockpotError as error:
-        complain(str(error))
-        sys.exit(1)
+        if not said_by_main(error):
+            complain(str(error))
+        sys.exit(2 if isinstance(error, ConfigError) else 1)
     except OSError as error:
         complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
         sys.exit(1)

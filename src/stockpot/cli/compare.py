@@ -255,13 +255,13 @@ def _of_models(
 ) -> Result:
     from rich.console import Console
 
-    from stockpot.cli.run import _quiet_libraries
+    from stockpot.experiment.environment import quiet_libraries
 
     console = Console(stderr=True)
     # What libraries print must not stand in the result.
     with contextlib.redirect_stdout(sys.stderr):
         with console.status("loading PyTorch and Transformers"):
-            _quiet_libraries()
+            quiet_libraries()
             from stockpot.comparison.models import plan_models, score_models
         with console.status("reading the tasks"):
             plan = plan_models(before, after, tasks, stream, options)

@@ -26,6 +26,7 @@ class Kind(StrEnum):
     training = "training"
     evaluation = "evaluation"
     record = "record"
+    resources = "resources"
 
 
 def list_(
@@ -72,6 +73,7 @@ def list_(
 def _sections() -> dict[str, dict[str, type[BaseModel]]]:
     from stockpot.evaluation.settings import EvaluationSettings
     from stockpot.experiment.config import RecordSettings
+    from stockpot.experiment.resources import ResourceSettings
     from stockpot.methods import METHODS
     from stockpot.models import MODELS
     from stockpot.streams import STREAMS
@@ -84,6 +86,7 @@ def _sections() -> dict[str, dict[str, type[BaseModel]]]:
         "training": {"training": TrainingSettings},
         "evaluation": {"evaluation": EvaluationSettings},
         "record": {"record": RecordSettings},
+        "resources": {"resources": ResourceSettings},
     }
 
 

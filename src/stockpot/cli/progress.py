@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.segment import ControlType
 
 from stockpot.cli.output import can_redraw, counted
-from stockpot.cli.progress_state import Progress
+from stockpot.cli.progress_state import Going, Progress
 from stockpot.cli.progress_view import ProgressView
 from stockpot.experiment.observer import There
 
@@ -132,26 +132,28 @@ class LineObserver(Progress):
     ) -> None:
         super().__init__(name, clock)
         self._console = console
-        self._said = self._run_began = self.began
-        self._fresh = True
+        self._said = self.began
 
     def _say(self, text: str, style: str = "") -> None:
         self._said = self.clock()
         self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
-    def _say_where(self, text: str) -> None:
-        """A line every few seconds, with the time left if it is known."""
-        if self.clock() - self._said <= _LINE_SECONDS or self.run is None or self.now is None:
+    def _say_where(self, run: Run, text: str) -> None:
+        """A line every few seconds, with the time left if it is known; of several runs in turn."""
+        now, going = self.clock(), self.going[run.id]
+        turn = _LINE_SECONDS * (len(self.at_work()) - 0.5)
+        if now - self._said <= _LINE_SECONDS or (self.several and now - going.said <= turn):
             return
+        going.said = now
         left = self.time_left.left()
-        self._say(f"{self.run.id}, task {self._task()}: {text}{f', {left.text()}' if left else ''}")
+        self._say(f"{run.id}, task {self._task(going)}: {text}{f', {left.text()}' if left else ''}")
 
-    def _task(self) -> str:
-        assert self.now is not None
-        stage = self.now.stage
+    def _task(self, going: Going) -> str:
+        assert going.now is not None
+        stage = going.now.stage
         if len(stage.tasks) > 1:
-            return self.now.task
-        return f"{stage.row + 1} of {len(self.tasks)} ({self.now.task})"
+            return going.now.task
+        return f"{stage.row + 1} of {len(self.tasks)} ({going.now.task})"
 
     def experiment_begins(self, plan: Plan, task_names: tuple[str, ...], there: There) -> None:
         """Say how much there is to do."""
@@ -163,33 +165,34 @@ class LineObserver(Progress):
 
     def run_begins(self, run: Run, finished: int) -> None:
         """Say where a stopped run goes on."""
+        known = run.id in self.going  # it has waited for another run
         super().run_begins(run, finished)
-        if 0 < finished < len(run.stages):
+        if 0 < finished < len(run.stages) and not known:
             self._say(f"{run.id}: goes on after task {finished} of {len(run.stages)}")
-        self._fresh = finished < len(run.stages)
-        self._run_began = self.clock()
 
     def step(self, run: Run, step: int, loss: float | None) -> None:
         """A line every few seconds, when there is a loss to give."""
         super().step(run, step, loss)
-        if loss is not None and self.now is not None:
-            total = self.now.stage.steps
-            self._say_where(f"step {step:,} of {total:,}, loss {loss:.4g}")
+        now = self.going[run.id].now
+        if loss is not None and now is not None:
+            self._say_where(run, f"step {step:,} of {now.stage.steps:,}, loss {loss:.4g}")
 
     def scoring(self, run: Run, what: str, done: int, total: int) -> None:
         """A line every few seconds."""
         super().scoring(run, what, done, total)
-        self._say_where(f"scoring {what}, {done:,} of {total:,}")
+        if self.going[run.id].now is not None:
+            self._say_where(run, f"scoring {what}, {done:,} of {total:,}")
 
     def run_ends(self, run: Run) -> None:
         """A line per run; finished ones of an earlier call are passed over in silence."""
+        going = self.going[run.id]
         super().run_ends(run)
-        if not self._fresh or self.before is None or self.measure is None:
+        if not going.fresh or self.measure is None:
             return
         m = self.measure
-        average = f"{self.before.mean_so_far()[-1] * m.scale:.{m.digits}f} {m.unit}"
+        average = f"{going.history.mean_so_far()[-1] * m.scale:.{m.digits}f} {m.unit}"
         left = self.time_left.left() if self.done < self.total else None
-        took = f"{self.clock() - self._run_began:.1f} s{f', {left.text()}' if left else ''}"
+        took = f"{self.clock() - going.began:.1f} s{f', {left.text()}' if left else ''}"
         self._say(f"[{self.done}/{self.total}] {run.id}: average {average}  ({took})")
 
     def run_failed(self, run: Run, error: Exception) -> None:

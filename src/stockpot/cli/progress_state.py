@@ -18,7 +18,7 @@ from stockpot.report.table import Interval, Measure, measure_of
 if TYPE_CHECKING:
     from stockpot.experiment.plan import Plan, Run, Stage
 
-__all__ = ["History", "Now", "Progress", "Setting", "clean"]
+__all__ = ["Going", "History", "Now", "Progress", "Setting", "clean"]
 
 LOSS_POINTS = 50
 _SPEED_SECONDS = 20.0
@@ -65,7 +65,10 @@ class Now:
 
 @dataclass
 class History:
-    """The scores of one run so far: rows of R by the number of the task trained last."""
+    """The scores of one run so far: rows of R by the number of the task trained last.
+
+    A score that was not taken (``evaluation.tasks``) is NaN, and left out of means.
+    """
 
     label: str
     seed: int
@@ -85,17 +88,41 @@ class History:
     def mean_so_far(self) -> list[float]:
         """After each trained task, the mean of all tasks trained by then."""
         if self.joint:
-            return [average_accuracy([row]) for row in self.rows.values()]
-        return [average_accuracy([row[: task + 1]]) for task, row in sorted(self.rows.items())]
+            return [_mean(row) for row in self.rows.values()]
+        return [_mean(row[: task + 1]) for task, row in sorted(self.rows.items())]
 
     def forgotten_so_far(self, sign: int) -> list[float]:
         """After each task from the second on, the mean loss of score since learned."""
         learned = self.learned()
         return [
-            sum(sign * (learned[task] - row[task]) for task in range(last)) / last
+            _mean([sign * (learned[task] - row[task]) for task in range(last)])
             for last, row in sorted(self.rows.items())
             if last and not self.joint and all(task in learned for task in range(last))
         ]
+
+
+@dataclass
+class Going:
+    """A run that has begun and is not over."""
+
+    run: Run
+    history: History
+    began: float
+    fresh: bool
+    """Whether there was something left to do."""
+    now: Now | None = None
+    between: bool = True
+    """Whether no stage is at work: it begins, or waits for what another run trains."""
+    said: float = 0.0
+    """When a line was written of it."""
+
+    def share(self) -> float:
+        """How much of it is done by its optimizer steps, 0 to 1."""
+        if self.now is None:
+            return 0.0
+        stages = self.run.stages
+        behind = sum(stage.steps for stage in stages[: self.now.stage.number]) + self.now.step
+        return behind / max(1, sum(stage.steps for stage in stages))
 
 
 @dataclass
@@ -126,10 +153,10 @@ class Progress(Observer):
         self.tasks: tuple[str, ...] = ()
         self.total = self.done = 0
         self.failed: list[str] = []
-        self.now: Now | None = None
-        self.run: Run | None = None
-        self.history: History | None = None
-        """The scores of the run that goes on."""
+        self.going: dict[str, Going] = {}
+        """The runs that go on, by id, in the order in which they began."""
+        self.several = False
+        """Whether more than one has been at work at a time."""
         self.before: History | None = None
         """The scores of the run that finished last."""
         self.measure: Measure | None = None
@@ -141,95 +168,117 @@ class Progress(Observer):
         self.tasks = tuple(map(clean, task_names))
         self._names = task_names
         self.total = len(plan.runs)
-        self._planned = Counter(run.label for run in plan.runs)
+        self._planned = Counter(clean(run.label) for run in plan.runs)
         self._rows = there.rows
         self.time_left = TimeLeft(plan, there, self.clock)
+
+    @property
+    def current(self) -> Going | None:
+        """The run that goes on, the last that began where there are several."""
+        return next(reversed(self.going.values()), None)
+
+    def at_work(self) -> list[Going]:
+        """The runs that go on and do not wait, those that began first before the others."""
+        return [going for going in self.going.values() if not going.between]
 
     def run_begins(self, run: Run, finished: int) -> None:
         """A run begins or goes on: its rows of an earlier call are taken up."""
         with self.lock:
-            self.run, self.now = run, None
             joint = len(run.stages) == 1 and len(run.stages[0].tasks) > 1
-            self.history = History(clean(run.label), run.seed, joint)
+            history = History(clean(run.label), run.seed, joint)
+            new = Going(run, history, self.clock(), finished < len(run.stages), said=self.clock())
+            going = self.going.setdefault(run.id, new)
+            going.between = True
+            self.time_left.run_stops(run)
             for stage in run.stages[:finished]:
-                self._add_row(stage, self._rows[run.id, stage.number])
+                if (run.id, stage.number) in self._rows:
+                    self._add_row(going, stage, self._rows[run.id, stage.number])
 
     def stage_begins(self, run: Run, stage: Stage, merges: Sequence[Mapping[str, float]]) -> None:
         """A stage begins to train."""
         with self.lock:
             tasks = stage.tasks
             name = self.tasks[tasks[0]] if len(tasks) == 1 else f"{len(tasks)} tasks at once"
-            self.now = Now(stage, name, merges)
+            going = self.going[run.id]
+            going.now, going.between = Now(stage, name, merges), False
+            self.several = self.several or len(self.at_work()) > 1
             self.time_left.stage_begins(run, stage)
 
     def step(self, run: Run, step: int, loss: float | None) -> None:
         """Called up to ten thousand times a second: little is done unless there is a loss."""
-        now = self.now
+        now = self.going[run.id].now
         if now is None:
             return
         now.step = step
         if loss is not None or now.first is None:
-            self._note(now, step, loss)
+            self._note(run, now, step, loss)
         elif now.scoring is not None:  # scores that were taken between two steps
             now.scoring = None
 
-    def _note(self, now: Now, step: int, loss: float | None) -> None:
+    def _note(self, run: Run, now: Now, step: int, loss: float | None) -> None:
         with self.lock:
             now.scoring = None
             if now.first is None:
                 now.first = (self.clock(), step)
             if loss is not None:
                 now.losses[(step - 1) * LOSS_POINTS // now.stage.steps] = loss
-            self.time_left.step(step)
+            self.time_left.step(run, step)
 
     def scoring(self, run: Run, what: str, done: int, total: int) -> None:
         """What is scored."""
-        if self.now is not None:
-            self.now.scoring = (what, done, total)
+        now = self.going[run.id].now
+        if now is not None:
+            now.scoring = (what, done, total)
 
     def stage_ends(self, run: Run, stage: Stage, trained: bool, row: Row) -> None:
         """A row of R is known."""
         with self.lock:
-            self._add_row(stage, row)
+            going = self.going[run.id]
+            going.between = True
+            self._add_row(going, stage, row)
             self.time_left.stage_ends(run, stage, trained)
 
     def run_ends(self, run: Run) -> None:
         """A run is finished: it counts for its setting."""
-        setting = self._with_result(run)
+        setting = self._with_result(self.going[run.id].history)
         with self.lock:
             self.done += 1
-            self.before, self.history, self.now = self.history, None, None
+            self.before = self.going.pop(run.id).history
             if setting is not None:
                 self.settings[setting.label] = setting
 
-    def _with_result(self, run: Run) -> Setting | None:
+    def _with_result(self, history: History) -> Setting | None:
         """The run's setting, this run among its finished ones."""
-        history = self.history
-        if history is None or self.measure is None:
+        if self.measure is None:
             return None
-        R = [history.rows.get(task) for task in range(len(self.tasks))]
+        rows = [history.rows.get(task) for task in range(len(self.tasks))]
+        R = [None if row is None else [_known(value) for value in row] for row in rows]
+        final = None if R[-1] is None else average_accuracy(R)
+        if final is None:
+            return None
         lost = forgetting(R)
         known = self.settings.get(history.label)
-        averages = [*(known.averages if known else []), average_accuracy(R)]
+        averages = [*(known.averages if known else []), final]
         forgotten = known.forgotten if known else []
         if lost is not None:
             forgotten = [*forgotten, self.measure.sign * lost]
         average = Interval.of(averages)
         assert average is not None
-        return Setting(history.label, self._planned[run.label], average, averages, forgotten)
+        return Setting(history.label, self._planned[history.label], average, averages, forgotten)
 
     def run_failed(self, run: Run, error: Exception) -> None:
         """A run is over without a result."""
         with self.lock:
             self.done += 1
             self.failed.append(run.id)
-            self.history, self.now = None, None
+            self.going.pop(run.id, None)
             self.time_left.run_failed(run)
 
     def look(self) -> None:
-        """Note where the running stage is: the steps themselves take no time to tell."""
-        if self.now is not None and self.now.training:
-            self.time_left.step(self.now.step)
+        """Note where the running stages are: the steps themselves take no time to tell."""
+        for going in self.going.values():
+            if going.now is not None and going.now.training and not going.between:
+                self.time_left.step(going.run, going.now.step)
 
     def ranked(self) -> list[Setting]:
         """The settings with a finished run, the best first."""
@@ -237,16 +286,21 @@ class Progress(Observer):
         return sorted(self.settings.values(), key=lambda s: -sign * s.average.mean)
 
     def share_done(self) -> float:
-        """How much of all runs is done, the running one by its optimizer steps, 0 to 1."""
-        part = 0.0
-        if self.run is not None and self.now is not None:
-            stages, number = self.run.stages, self.now.stage.number
-            behind = sum(stage.steps for stage in stages[:number]) + self.now.step
-            part = behind / max(1, sum(stage.steps for stage in stages))
+        """How much of all runs is done, those that go on by their optimizer steps, 0 to 1."""
+        part = sum(going.share() for going in self.going.values())
         return min(1.0, (self.done + part) / max(1, self.total))
 
-    def _add_row(self, stage: Stage, row: Row) -> None:
+    def _add_row(self, going: Going, stage: Stage, row: Row) -> None:
         if self.measure is None:
             self.measure = measure_of([{"metric": row.metric, "better": row.better}])
-        assert self.history is not None
-        self.history.rows[stage.row] = [row.values.get(name, math.nan) for name in self._names]
+        going.history.rows[stage.row] = [row.values.get(name, math.nan) for name in self._names]
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The mean of those that are known; NaN if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan

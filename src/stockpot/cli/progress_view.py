@@ -18,7 +18,7 @@ from stockpot.cli.time_left import clock_text, duration_text
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
-    from stockpot.cli.progress_state import History, Now, Progress, Setting
+    from stockpot.cli.progress_state import Going, History, Now, Progress, Setting
 
 __all__ = ["ProgressView", "sparkline"]
 
@@ -43,6 +43,9 @@ _FORMS = (
     ("line", 0, False),
     ("none", 0, False),
 )
+_ROOMY_HEIGHT = 14
+_TASK_CELLS = (10, 24)
+"""The least and the most of a task's name in a run's line."""
 
 
 def sparkline(
@@ -105,6 +108,8 @@ class ProgressView:
     def _lines(self, width: int, height: int) -> list[Line]:
         narrow = min(width, _WIDEST)
         self._progress.look()
+        if self._progress.several:
+            return [self._fit(line, width) for line in self._several(narrow, height)]
         head, run = self._head(narrow), self._run(narrow)
         lines: list[Line] = []
         for form, settings, apart in _FORMS:
@@ -119,6 +124,24 @@ class ProgressView:
             lines = [*run[1:], *run[:1], *head][:height]
         return [self._fit(line, width) for line in lines]
 
+    def _several(self, width: int, height: int) -> list[Line]:
+        """The screen while several runs go on at a time: half for them, half for the results."""
+        p = self._progress
+        head, runs = self._head(width), p.at_work()
+        apart = height >= _ROOMY_HEIGHT
+        rows = max(1, height - len(head) - 2 * apart)
+        ranked = len(p.settings) + 1 if p.settings else 0
+        below = min(ranked, max(rows // 2, rows - len(runs))) if rows > 1 else 0
+        below = below if below > 2 or not below else 1  # of two lines one would be a title
+        above = rows - below
+        shown = self._runs(runs if len(runs) <= above else runs[: above - 1], width)
+        if len(runs) > above:
+            shown.append([_s(f"and {len(runs) - above + 1:,} more running", "dim")])
+        if not runs and p.done < p.total:
+            shown = [[_s("starting", "dim")]]
+        settings = self._settings(max(1, below - 1) if below else 0, width)
+        return _joined([part for part in (head, shown, settings) if part], apart)[-height:]
+
     # The parts.
 
     def _head(self, width: int) -> list[Line]:
@@ -127,6 +150,8 @@ class ProgressView:
         failed = [_s(", "), _s(f"{len(p.failed):,} failed", "bold red")] if p.failed else []
         left = p.time_left.left() if p.done < p.total else None
         so_far = f"{clock_text(p.clock() - p.began)} so far"
+        if p.several and (count := len(p.at_work())):
+            failed = [*failed, _s(f", {count:,} running")]
         if width < _NARROW:
             runs = [_s(f"{p.done:,}/{p.total:,} runs"), *failed]
             time = [_s(left.short(), "cyan")] if left else [_s(so_far)]
@@ -141,14 +166,15 @@ class ProgressView:
     def _run(self, width: int) -> list[Line]:
         """The run that goes on: its task, steps and loss, or what is scored."""
         p = self._progress
-        if p.run is None or p.history is None:
+        going = p.current
+        if going is None:
             return [[_s("starting", "dim")]] if p.done < p.total else []
-        name = [_s(p.history.label, "bold"), _s(f", seed {p.history.seed}")]
-        now = p.now
+        history, now = going.history, going.now
+        name = [_s(history.label, "bold"), _s(f", seed {history.seed}")]
         if now is None:
             return [name, [_s("starting", "dim")]]
         number = f"task {now.stage.row + 1:,} of {len(p.tasks):,}: "
-        task = [_s("" if p.history.joint else number), _s(now.task, "bold")]
+        task = [_s("" if history.joint else number), _s(now.task, "bold")]
         doing = "" if now.training or now.scoring else "starting"
         if now.first is not None and now.step >= now.stage.steps and not now.scoring:
             doing = "ending the task"
@@ -159,6 +185,49 @@ class ProgressView:
             steps,
             self._loss(now, width),
         ]
+
+    def _runs(self, runs: Sequence[Going], width: int) -> list[Line]:
+        """A line per run: its name, its task, how far it is in it, and its loss."""
+        if not runs:
+            return []
+        roomy = width >= _NARROW
+        tasks = [self._task_in_short(going) for going in runs]
+        names = max(cell_len(going.history.name) for going in runs)
+        bar = min(16, width // 6) if roomy else 0
+        left = width - names - bar - (28 if roomy else 10)
+        least, most = _TASK_CELLS
+        room = min(max(map(cell_len, tasks)), max(least, min(most, left)))
+        lines: list[Line] = []
+        for going, task in zip(runs, tasks, strict=True):
+            name = [_s(going.history.label, "bold"), _s(f", seed {going.history.seed}")]
+            share, doing = self._how_far(going)
+            right = [_s(set_cell_size(task, room))]
+            if roomy:
+                right += [_s("  "), *self._bar_line(share, [], bar)]
+            right += [_s(f"{100 * share:4.0f} %")]
+            if roomy:
+                right += [_s(f"  {doing:<12}", "" if doing.startswith("loss") else "dim")]
+            lines.append(self._apart(name, right, width))
+        return lines
+
+    def _task_in_short(self, going: Going) -> str:
+        if going.now is None or going.history.joint:
+            return "" if going.now is None else going.now.task
+        return f"{going.now.stage.row + 1}/{len(self._progress.tasks)} {going.now.task}"
+
+    def _how_far(self, going: Going) -> tuple[float, str]:
+        """How much of what a run does at the moment is done, and what that is."""
+        now, tasks = going.now, self._progress.tasks
+        if now is None or (now.first is None and now.scoring is None):
+            return 0.0, "starting"
+        if now.scoring is not None:
+            what, done, total = now.scoring
+            share = done / total if total else 0.0
+            return (tasks.index(what) + share) / len(tasks) if what in tasks else share, "scoring"
+        share = min(1.0, now.step / max(1, now.stage.steps))
+        loss = next(reversed(now.losses.values()), None)
+        ends = now.step >= now.stage.steps
+        return share, "ending" if ends else "" if loss is None else f"loss {loss:.4g}"
 
     def _steps(self, now: Now, width: int) -> Line:
         total, clock = now.stage.steps, self._progress.clock()
@@ -209,10 +278,11 @@ class ProgressView:
     def _scores(self, form: str, width: int) -> list[Line] | None:
         """Last scores; None if they cannot be shown in this form."""
         p = self._progress
-        history = p.history if p.history is not None and p.history.rows else p.before
+        mine = None if p.current is None else p.current.history
+        history = mine if mine is not None and mine.rows else p.before
         if form == "none" or history is None or p.measure is None:
             return []
-        of = "this run" if history is p.history else history.name
+        of = "this run" if history is mine else history.name
         lower = ", lower is better" if p.measure.better == "lower" else ""
         head = [_s(f"{p.measure.name}, {p.measure.unit}{lower}  {of}", "dim")]
         if form == "matrix":
@@ -322,9 +392,9 @@ class ProgressView:
         head = f"best so far ({unit})" if roomy else "best so far"
         lines = [self._apart([_s(head, "dim")], [_s(self._titles(roomy), "dim")], width)]
         shown = ranked if len(ranked) <= most else ranked[: most - 1]
+        here = {going.history.label for going in p.going.values()}
         for setting in shown:
-            here = p.history is not None and setting.label == p.history.label
-            name = _s(setting.label, "bold" if here else "")
+            name = _s(setting.label, "bold" if setting.label in here else "")
             lines.append(self._apart([name], self._setting(setting, roomy), width))
         if len(shown) < len(ranked):
             lines.append([_s(f"and {len(ranked) - len(shown)} more", "dim")])
@@ -351,6 +421,8 @@ class ProgressView:
         """As the table at the end writes it."""
         measure = self._progress.measure
         assert measure is not None
+        if math.isnan(value):
+            return "-"
         text = f"{value * measure.scale:.{measure.digits}f}"
         return text.lstrip("-") if float(text) == 0 else text
 

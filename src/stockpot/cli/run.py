@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +16,10 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from stockpot.cli.workers import Workers
     from stockpot.evaluation.settings import Programs
-    from stockpot.experiment import Experiment
+    from stockpot.experiment import Experiment, Outcome
+    from stockpot.experiment.jobs import MakeExecutor
     from stockpot.streams.data import Stream
 
 __all__ = ["run"]
@@ -54,6 +59,21 @@ def run(
             help="The same in seconds: a tiny model of the same family, a few examples a task.",
         ),
     ] = False,
+    jobs: Annotated[
+        str,
+        typer.Option(
+            "--jobs",
+            "-j",
+            metavar="N|auto",
+            help="Runs at a time, each in a process of its own; auto: as many as fit here.",
+        ),
+    ] = "1",
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on", metavar="ray[://ADDRESS]", help="Do the runs on Ray, here or on a cluster."
+        ),
+    ] = None,
     run_programs: Annotated[
         bool,
         typer.Option(
@@ -72,19 +92,34 @@ def run(
         bool, typer.Option("--json", help="Print the result as JSON on stdout.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no table.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option("--job", hidden=True, help="One run, :open or :gather (plan --slurm)."),
+    ] = None,
+    until: Annotated[
+        int | None,
+        typer.Option("--until", hidden=True, help="With --job: its first stages alone."),
+    ] = None,
 ) -> None:
     """Train every method, setting and seed of an experiment over its stream of tasks.
 
     Every task is scored after every task. The same command goes on where an earlier one was
     stopped, by Ctrl-C or worse.
     """
+    from stockpot.cli.part import do_part, is_finished
+    from stockpot.cli.workers import Workers
     from stockpot.evaluation.settings import Programs
     from stockpot.experiment import load_experiment
 
     checked = load_experiment(experiment, overrides or [], output, smoke=smoke)
+    if part is not None and is_finished(part, checked.output):
+        typer.echo(f"{part} is finished", err=True)
+        return
     programs = Programs(run_programs, allow_weak_isolation, skip=smoke)
     try:
-        _load_and_run(checked, dry_run, as_json, quiet, smoke, programs)
+        with Workers(jobs, on, begin=not dry_run) as workers:
+            done = None if part is None else partial(do_part, part, until)
+            _load_and_run(checked, dry_run, as_json, quiet, smoke, programs, workers, done)
     except KeyboardInterrupt:
         from stockpot.cli.output import complain
 
@@ -102,12 +137,17 @@ def _load_and_run(
     quiet: bool,
     smoke: bool,
     programs: Programs,
+    workers: Workers,
+    part: Callable[[Experiment, Stream, Programs, Console], Outcome | None] | None = None,
 ) -> None:
     from rich.console import Console
 
     from stockpot.cli.output import waiting
+    from stockpot.cli.plan import print_plan
+    from stockpot.processes import launched, leave, processes
 
-    console = Console(stderr=True, quiet=quiet)
+    main = launched() == 1 or os.environ.get("RANK", "0") == "0"
+    console = Console(stderr=True, quiet=quiet or not main)
     if not dry_run:
         from stockpot.tracking.trackers import check_trackers
 
@@ -116,20 +156,33 @@ def _load_and_run(
     # stderr (DeepSpeed, where it is installed, writes a line to stdout when it is imported).
     with redirect_stdout(sys.stderr):
         with waiting(console, "loading PyTorch and Transformers"):
-            _quiet_libraries()
-        with waiting(console, f"loading {checked.stream.name}"):
-            if smoke:
-                from stockpot.experiment.smoke import with_tiny_model
+            from stockpot.experiment.environment import quiet_libraries
 
-                checked, stream = with_tiny_model(checked)
-            else:
-                stream = checked.load_stream()
+            quiet_libraries()
+        with waiting(console, f"loading {checked.stream.name}"):
+            among = processes()
+            quiet, as_json = quiet or not among.main, as_json and among.main
+            with among.main_first():
+                if smoke:
+                    from stockpot.experiment.smoke import with_tiny_model
+
+                    checked, stream = with_tiny_model(checked, among.main)
+                else:
+                    stream = checked.load_stream()
     for note in (*stream.notes, *_left_out(stream, programs)):
         console.print(f"note: {note}", style="dim", highlight=False, markup=False)
     if dry_run:
-        _dry_run(checked, stream, as_json)
+        if among.main:
+            print_plan(checked, stream, as_json)
         return
-    _run(checked, stream, console, as_json, quiet, programs)
+    if part is None:
+        executor = workers.executor(checked)
+        outcome: Outcome | None = _run(checked, stream, console, quiet, programs, executor)
+    else:
+        outcome = part(checked, stream, programs, console)
+    if outcome is not None:
+        _show(outcome, console, as_json, quiet)
+    leave()
 
 
 def _left_out(stream: Stream, programs: Programs) -> list[str]:
@@ -140,46 +193,40 @@ def _left_out(stream: Stream, programs: Programs) -> list[str]:
     return [f"{name} is left out; --run-programs lets it run" for name in needs_programs(stream)]
 
 
-def _quiet_libraries() -> None:
-    import os
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    import transformers.trainer
-    from transformers.utils import logging
-
-    datasets.disable_progress_bars()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    del transformers
-
-
 def _run(
     experiment: Experiment,
     stream: Stream,
     console: Console,
-    as_json: bool,
     quiet: bool,
     programs: Programs,
-) -> None:
-    from stockpot.cli.output import complain, waiting
+    executor: MakeExecutor | None,
+) -> Outcome:
     from stockpot.cli.progress import progress_observer
-    from stockpot.cli.table import print_report, print_results
     from stockpot.experiment import run_experiment
     from stockpot.experiment.observer import Observer
-    from stockpot.report.write import write_report
 
     watcher: Any = Observer() if quiet else progress_observer(console, experiment.name)
-    page = None
     with redirect_stdout(sys.stderr):
         try:
-            outcome = run_experiment(experiment, watcher, stream=stream, programs=programs)
+            return run_experiment(
+                experiment, watcher, stream=stream, programs=programs, executor=executor
+            )
         finally:
             if not quiet:
                 watcher.close()
-        if outcome.summary:
-            with waiting(console, "drawing the figures"):
-                page = write_report(outcome.folder)
+
+
+def _show(outcome: Outcome, console: Console, as_json: bool, quiet: bool) -> None:
+    """The report, the table, and what failed."""
+    from stockpot.cli.output import complain, waiting
+    from stockpot.cli.table import print_report, print_results
+    from stockpot.processes import processes
+    from stockpot.report.write import write_report
+
+    page = None
+    if outcome.summary:
+        with redirect_stdout(sys.stderr), waiting(console, "drawing the figures"):
+            page = write_report(outcome.folder)
     if as_json:
         typer.echo(json.dumps(outcome.summary, indent=2))
     elif not quiet:
@@ -188,71 +235,6 @@ def _run(
             print_report(console, page, outcome.summary)
     if outcome.failures:
         for run_id, reason in outcome.failures.items():
-            complain(reason, head=f"failed: {run_id}")
+            if processes().main:
+                complain(reason, head=f"failed: {run_id}")
         raise typer.Exit(1)
-
-
-def _dry_run(experiment: Experiment, stream: Stream, as_json: bool) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from stockpot.cli.output import counted
-    from stockpot.experiment.plan import make_plan
-
-    plan = make_plan(experiment, stream)
-    seen: set[str] = set()
-    rows: list[dict[str, Any]] = []
-    for run in plan.runs:
-        own = sum(stage.steps for stage in run.stages if stage.trained not in seen)
-        shared = [stage.tasks for stage in run.stages if stage.trained in seen]
-        seen |= {stage.trained for stage in run.stages}
-        steps = sum(stage.steps for stage in run.stages)
-        rows.append(
-            {
-                "run": run.id,
-                "method": run.method.name,
-                "settings": run.method.settings(),
-                "seed": run.seed,
-                "steps": steps,
-                "steps_to_train": own,
-                "shared_tasks": [stream.tasks[task].name for group in shared for task in group],
-            }
-        )
-    total = {
-        "runs": len(plan.runs),
-        "steps": plan.steps,
-        "steps_to_train": plan.steps_to_train,
-        "steps_saved": plan.steps - plan.steps_to_train,
-    }
-    if as_json:
-        typer.echo(json.dumps({"tasks": [t.name for t in stream.tasks], **total, "plan": rows}))
-        return
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, justify in (("run", "left"), ("steps", "right"), ("to train", "right")):
-        table.add_column(title, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("trained already by an earlier run")
-    for row in rows:
-        table.add_row(
-            Text(row["run"]),
-            f"{row['steps']:,}",
-            f"{row['steps_to_train']:,}",
-            Text(", ".join(row["shared_tasks"])),
-        )
-    console = Console()
-    sizes = ", ".join(
-        f"{task.name} ({len(task.train):,} to train, {len(task.test):,} to test)"
-        for task in stream.tasks[:6]
-    )
-    more = f" and {len(stream.tasks) - 6} more" if len(stream.tasks) > 6 else ""
-    console.print(f"{stream.name}, {stream.scenario}: {sizes}{more}", highlight=False, markup=False)
-    console.print(table)
-    console.print(
-        f"{counted(total['runs'], 'run')}, {total['steps']:,} optimizer steps; what runs share is "
-        f"trained once, which saves {total['steps_saved']:,} and leaves "
-        f"{total['steps_to_train']:,}. Nothing was run; without --dry-run the record goes to "
-        f"{experiment.output}.",
-        highlight=False,
-        markup=False,
-    )

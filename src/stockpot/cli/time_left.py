@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ _KEPT = 0.9
 """The weight of earlier stages with each new one: machines become faster and slower."""
 _FIRST = 0.1
 """The weight of the first stage, in which libraries do many things for the only time."""
+_RECENT = 8
+"""How many runs go on at a time is the most there were when one of so many stages began."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,10 @@ def work_left(
 
 
 class _Timed:
-    """The stage that runs: how long its steps have taken, from the first to the latest."""
+    """A stage that runs: how long its steps have taken, from the first to the latest."""
 
-    def __init__(self, work: Work, began: float) -> None:
-        self.work, self.began = work, began
+    def __init__(self, work: Work, began: float, cold: bool) -> None:
+        self.work, self.began, self.cold = work, began, cold
         self.stepping, self.stepped, self.step_now = 0.0, 0, 0
         self._first: tuple[int, float] | None = None
 
@@ -124,7 +126,8 @@ class TimeLeft:
 
     A stage's time is its optimizer steps, first to last, and the rest: getting ready, ending the
     task, scoring, writing. Steps have a rate per method, and so has the rest, per model that is
-    scored, or per stage where nothing is scored. The estimate is what is left times these rates.
+    scored, or per stage where nothing is scored. What is left, times these rates, is divided by how
+    many runs go on at a time; but no run takes less than what is left of itself.
 
     Args:
         plan: all runs.
@@ -138,83 +141,118 @@ class TimeLeft:
         self._plan, self._clock = plan, clock
         self._finished = set(there.rows)
         self._kept = set(there.trained)
-        self._left = dict(work_left(plan.runs, self._finished, self._kept))
+        self._failed: set[str] = set()
         self._steps, self._passes, self._idle = _Rate(), _Rate(), _Rate()
-        self._stage: _Timed | None = None
+        self._stages: dict[str, _Timed] = {}
+        self._at_a_time: deque[int] = deque(maxlen=_RECENT)
         self._warm = False
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """What is left, run by run, and who trains what several runs need."""
+        runs = [run for run in self._plan.runs if run.id not in self._failed]
+        self._left: dict[str, dict[int, Work]] = {}
+        self._sums: dict[str, tuple[Work, int]] = {}
+        for (run_id, number), work in work_left(runs, self._finished, self._kept):
+            self._left.setdefault(run_id, {})[number] = work
+        self._trainer = {
+            stage.trained: (run.id, stage.number)
+            for run in runs
+            for stage in run.stages
+            if stage.number in (own := self._left.get(run.id, {})) and own[stage.number].steps
+        }
 
     @property
     def steps(self) -> int:
         """Optimizer steps still to train, those of a stage that has begun included."""
-        return sum(work.steps for work in self._left.values())
+        return sum(work.steps for own in self._left.values() for work in own.values())
 
     def stage_begins(self, run: Run, stage: Stage) -> None:
         """A stage starts to train."""
-        work = self._left.get((run.id, stage.number), Work(run.method.name, 0, 0))
-        self._stage = _Timed(work, self._clock())
+        nothing = Work(run.method.name, 0, 0)
+        work = self._left.get(run.id, {}).get(stage.number, nothing)
+        self._stages[run.id] = _Timed(work, self._clock(), not self._warm)
+        self._at_a_time.append(len(self._stages))
 
-    def step(self, step: int) -> None:
+    def step(self, run: Run, step: int) -> None:
         """So many optimizer steps are done; need not be called for each, but for first and last."""
-        if self._stage is not None:
-            self._stage.step(step, self._clock())
+        if run.id in self._stages:
+            self._stages[run.id].step(step, self._clock())
 
     def stage_ends(self, run: Run, stage: Stage, trained: bool) -> None:
         """A stage is scored and written."""
         self._finished.add((run.id, stage.number))
         if trained:
             self._kept.add(stage.trained)
-        self._left.pop((run.id, stage.number), None)
-        timed, self._stage = self._stage, None
+            self._trained_elsewhere(run, stage)
+        self._left.get(run.id, {}).pop(stage.number, None)
+        self._sums.pop(run.id, None)
+        timed = self._stages.pop(run.id, None)
         if timed is None:
             return
-        method, weight = timed.work.method, 1.0 if self._warm else _FIRST
+        method, weight = timed.work.method, _FIRST if timed.cold else 1.0
         self._warm = True
         self._steps.add(method, weight * timed.stepping, weight * timed.stepped)
         rest, passes = self._clock() - timed.began - timed.stepping, timed.work.passes
         rate = self._passes if passes else self._idle
         rate.add(method, weight * rest, weight * (passes or 1))
 
+    def _trained_elsewhere(self, run: Run, stage: Stage) -> None:
+        """Another run was to train this; it need not any more."""
+        other, number = self._trainer.get(stage.trained, (run.id, stage.number))
+        if other != run.id and number in (own := self._left.get(other, {})):
+            own[number] = replace(own[number], steps=0)
+            self._sums.pop(other, None)
+
     def run_failed(self, run: Run) -> None:
         """A run goes no further; what it would have trained for others falls to them."""
-        self._stage = None
-        after = self._plan.runs[self._plan.runs.index(run) + 1 :]
-        self._left = dict(work_left(after, self._finished, self._kept))
+        self._stages.pop(run.id, None)
+        self._failed.add(run.id)
+        self._lay_out()
+
+    def run_stops(self, run: Run) -> None:
+        """A run does not go on for now: it waits for another, or its process was lost."""
+        self._stages.pop(run.id, None)
 
     def left(self) -> Left | None:
         """What is left; None as long as there is nothing to go by."""
-        stage, steps_rate = self._stage, self._steps
-        if stage is not None and stage.stepping >= _BASIS_SECONDS:
-            steps_rate = steps_rate.with_more(stage.work.method, stage.stepping, stage.stepped)
-        seconds, whole = 0.0, True
-        for method, (steps, passes, idle) in self._totals().items():
-            per_step, per_pass = steps_rate.of(method), self._passes.of(method)
-            if steps and per_step is None:
+        steps_rate = self._steps
+        for stage in self._stages.values():
+            if stage.stepping >= _BASIS_SECONDS:
+                steps_rate = steps_rate.with_more(stage.work.method, stage.stepping, stage.stepped)
+        total, longest, whole = 0.0, 0.0, True
+        for run_id in self._left:
+            work, idle = self._sum(run_id)
+            per_step, per_pass = steps_rate.of(work.method), self._passes.of(work.method)
+            if work.steps and per_step is None:
                 return None
-            whole = whole and not (passes and per_pass is None)
-            seconds += steps * (per_step or 0.0) + passes * (per_pass or 0.0)
-            seconds += idle * (self._idle.of(method) or 0.0)
-        if not whole and not seconds:
+            whole = whole and not (work.passes and per_pass is None)
+            seconds = work.steps * (per_step or 0.0) + work.passes * (per_pass or 0.0)
+            seconds += idle * (self._idle.of(work.method) or 0.0)
+            if run_id in self._stages:
+                seconds -= self._progress(self._stages[run_id], steps_rate)
+            total, longest = total + max(0.0, seconds), max(longest, seconds)
+        if not whole and not total:
             return None
-        if stage is not None:
-            seconds -= self._progress(stage, steps_rate)
-        return Left(max(0.0, seconds), whole)
+        return Left(max(total / max(self._at_a_time, default=1), longest), whole)
+
+    def _sum(self, run: str) -> tuple[Work, int]:
+        """All that is left of a run, and how many of its stages score nothing."""
+        if run not in self._sums:
+            works = self._left[run].values()
+            steps, passes = sum(work.steps for work in works), sum(work.passes for work in works)
+            method = next((work.method for work in works), "")
+            idle = sum(not work.passes for work in works)
+            self._sums[run] = (Work(method, steps, passes), idle)
+        return self._sums[run]
 
     def _progress(self, stage: _Timed, steps_rate: _Rate) -> float:
-        """How much of what the running stage was expected to take lies behind."""
+        """How much of what a running stage was expected to take lies behind."""
         work = stage.work
         per_step, per_pass = steps_rate.of(work.method), self._passes.of(work.method)
         stepped = min(stage.step_now, work.steps) * (per_step or 0.0)
         rest = self._clock() - stage.began - stage.stepping
         return stepped + min(rest, work.passes * (per_pass or 0.0))
-
-    def _totals(self) -> dict[str, tuple[int, int, int]]:
-        """Steps, models to score, and stages that score nothing, by method."""
-        totals: dict[str, tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
-        for work in self._left.values():
-            steps, passes, idle = totals[work.method]
-            more = (steps + work.steps, passes + work.passes, idle + (not work.passes))
-            totals[work.method] = more
-        return totals
 
 
 def duration_text(seconds: float) -> str:

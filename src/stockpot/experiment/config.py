@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stockpot.errors import ConfigError, nearest
 from stockpot.evaluation.settings import EvaluationSettings
 from stockpot.experiment.overrides import apply_override
+from stockpot.experiment.resources import ResourceSettings
 from stockpot.experiment.smoke import shrink_values
 from stockpot.methods import METHODS, Method
 from stockpot.models import MODELS, ModelSettings, expand_model
@@ -57,6 +58,7 @@ class Experiment:
     """One per method and setting, in the order given."""
     seeds: tuple[int, ...]
     output: Path
+    resources: ResourceSettings = field(default_factory=ResourceSettings)
 
     def load_stream(self) -> Stream:
         """Read the data, as the model takes them."""
@@ -77,6 +79,7 @@ class Experiment:
             "name": self.name,
             **self.common(),
             "record": self.record.model_dump(mode="json"),
+            "resources": self.resources.model_dump(mode="json"),
             "methods": [{"name": method.name, **method.settings()} for method in self.methods],
             "seeds": list(self.seeds),
             "output": str(self.output),
@@ -91,6 +94,7 @@ _KEYS = (
     "training",
     "evaluation",
     "record",
+    "resources",
     "methods",
     "seeds",
     "output",
@@ -144,6 +148,7 @@ class _Checker:
         training = self.section(TrainingSettings, ("training",), values.get("training"))
         evaluation = self.section(EvaluationSettings, ("evaluation",), values.get("evaluation"))
         record = self.section(RecordSettings, ("record",), values.get("record"))
+        resources = self.section(ResourceSettings, ("resources",), values.get("resources"))
         methods = self.methods(values)
         self.fits(stream, model, methods)
         seeds = self.seeds(values)
@@ -158,6 +163,7 @@ class _Checker:
         assert training is not None
         assert evaluation is not None
         assert record is not None
+        assert resources is not None
         return Experiment(
             name=name,
             stream=stream,
@@ -165,6 +171,7 @@ class _Checker:
             training=training,
             evaluation=evaluation,
             record=record,
+            resources=resources,
             methods=methods,
             seeds=seeds,
             output=Path(folder if output is None else output),

@@ -14,7 +14,7 @@ import torch
 
 import stockpot
 
-__all__ = ["describe_environment"]
+__all__ = ["describe_environment", "quiet_libraries"]
 
 _PACKAGES = (
     "torch",
@@ -25,6 +25,22 @@ _PACKAGES = (
     "numpy",
     "scikit-learn",
 )
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no chatter of the libraries, and tokenizers without threads.
+
+    A process may be forked afterwards, which threads of a tokenizer would not survive.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers.trainer
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    del transformers
 
 
 def describe_environment(seeds: tuple[int, ...]) -> dict[str, Any]:

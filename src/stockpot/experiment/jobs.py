@@ -8,14 +8,16 @@ record's folder (each run has a part of its own), so they must see it under the 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from stockpot.evaluation.settings import Programs
+from stockpot.experiment.resources import ResourceSettings
 
-__all__ = ["Event", "Executor", "Job", "Told", "WorkerSettings"]
+__all__ = ["Event", "Executor", "Job", "MakeExecutor", "Told", "WorkerSettings"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,12 @@ class WorkerSettings:
         default_factory=lambda: {k: v for k, v in os.environ.items() if k.startswith("STOCKPOT_")}
     )
     """Environment variables to set before anything is loaded."""
+    directory: Path = field(default_factory=Path.cwd)
+    """Where relative paths of the experiment begin; a worker goes there if it can."""
+    modules: tuple[str, ...] = field(default_factory=lambda: tuple(sys.path))
+    """Where a model of the user's own may be imported from."""
+    share_prefixes: bool = True
+    """Whether runs that agree up to a task train it once."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +50,26 @@ class Job:
     run: str
     """Its id in the plan."""
     until: int
+    finished: tuple[Mapping[str, Any], ...] = ()
+    """The lines of ``stages.jsonl`` of its finished stages: a worker need not read the log."""
 
 
 @dataclass(frozen=True)
 class Event:
     """Something a worker tells while it works; plain values only, so that it can be sent.
 
-    Kinds: ``stage_begins``, ``step``, ``scoring`` and ``stage_ends`` as in the observer, which gets
-    ``values`` as arguments; ``finished`` when the job is done; ``failed`` with ``error`` (one line)
-    when the run stopped on an error of its own; ``fatal`` with ``error`` when the error concerns
-    all runs; ``died`` with ``error`` when the worker is gone (the job may be tried again).
+    Kinds, with their ``values``:
+
+    - ``stage_begins``: ``stage``, its number.
+    - ``step``: ``step``, ``loss`` (or None), ``merges`` (merge events since the last that was
+      told). A few a second are told.
+    - ``scoring``: ``what``, ``done``, ``total``. A few a second are told.
+    - ``stage_ends``: ``stage``, ``trained``, ``merges`` as above, ``row`` (the fields of a
+      :class:`~stockpot.experiment.observer.Row`). The stage is in the run's journal by then.
+    - ``finished``: the job is done.
+    - ``failed`` with ``error``: the run stopped on an error of its own.
+    - ``fatal`` with ``error``: the error concerns all runs; ``type`` is the name of its class.
+    - ``died`` with ``error``: the worker is gone; the job may be tried again.
     """
 
     kind: str
@@ -62,6 +80,10 @@ class Event:
 
 Told = Callable[[Event], None]
 """How a worker tells."""
+
+
+MakeExecutor = Callable[[WorkerSettings, ResourceSettings], "Executor"]
+"""Where jobs run, before it is known which."""
 
 
 class Executor(Protocol):

@@ -8,25 +8,30 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from stockpot.errors import ConfigError
 from stockpot.evaluation.divergence import kl_from
 from stockpot.evaluation.line import scores_along_line, spread
 from stockpot.evaluation.tasks import Evaluator, needs_programs
+from stockpot.processes import ALONE, Processes
 from stockpot.training.trainer import choose_device
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from stockpot.evaluation.settings import Programs
+    from stockpot.evaluation.settings import EvaluationSettings, Programs
     from stockpot.experiment.config import Experiment
     from stockpot.experiment.plan import Plan, Run, Stage
     from stockpot.methods.base import TaskRun
-    from stockpot.streams.data import Stream
+    from stockpot.streams.data import Stream, Task
 
-__all__ = ["Between", "make_evaluator"]
+__all__ = ["Between", "make_evaluator", "tasks_during"]
 
 
-def make_evaluator(experiment: Experiment, stream: Stream, programs: Programs) -> Evaluator:
+def make_evaluator(
+    experiment: Experiment, stream: Stream, programs: Programs, processes: Processes = ALONE
+) -> Evaluator:
     """How models are scored; refuses early what could not be scored later."""
     settings = experiment.evaluation
     sandbox = None
@@ -52,8 +57,24 @@ def make_evaluator(experiment: Experiment, stream: Stream, programs: Programs) -
         any(f"{task.name}: {name}" not in skipped for name in task.benchmarks)
         for task in stream.tasks
     )
-    device = choose_device(experiment.training.device)
-    return Evaluator(settings, device, sandbox, benchmarked, skipped)
+    device = _device(experiment.training.device, processes)
+    return Evaluator(settings, device, sandbox, benchmarked, skipped, processes=processes)
+
+
+def _device(name: str, processes: Processes) -> torch.device:
+    """Where this process trains and scores: of several on a machine each takes a GPU of its own."""
+    device = choose_device(name)
+    if device.type != "cuda" or not processes.several:
+        return device
+    count = torch.cuda.device_count()
+    if processes.local_rank >= count:
+        raise ConfigError(
+            f"process {processes.local_rank} of this machine finds no GPU of its own: there are "
+            f"{count}. Start as many processes as there are GPUs (--nproc-per-node {count}), or "
+            "set training.device: cpu"
+        )
+    torch.cuda.set_device(processes.local_rank)
+    return torch.device("cuda", processes.local_rank)
 
 
 class Between:
@@ -89,14 +110,15 @@ class Between:
     def line(
         self, run: Run, stage: Stage, context: TaskRun, deployed: Mapping[str, Tensor]
     ) -> list[dict[str, Any]]:
-        """The lines of ``lines.jsonl``: every task's loss from the anchor to what was deployed."""
+        """The lines of ``lines.jsonl``: the loss from the anchor to what was deployed, by task."""
         settings = self._settings
         if not settings.line or not (stage.number or self._starts_trained):
             return []
         ends = _ends(run, stage)
         points = self._lines.get(ends)
         if points is None:
-            tasks = {t.name: spread(t.test, settings.line_limit) for t in self._stream.tasks}
+            chosen = tasks_during(run, stage, self._stream, settings)
+            tasks = {task.name: spread(task.test, settings.line_limit) for task in chosen}
             found = scores_along_line(
                 context.previous,
                 deployed,
@@ -107,6 +129,7 @@ class Between:
                 context.device,
                 bfloat16=settings.precision == "bfloat16",
                 progress=partial(self._evaluator.progress, "line from the anchor"),
+                processes=self._evaluator.processes,
             )
             points = [asdict(point) for point in found]
             if self._uses[ends] > 1:
@@ -117,6 +140,18 @@ class Between:
             "trained": self._stream.tasks[stage.row].name,
         }
         return [{**at, **point} for point in points]
+
+
+def tasks_during(
+    run: Run, stage: Stage, stream: Stream, settings: EvaluationSettings
+) -> list[Task]:
+    """The tasks to score while a stage trains, and between its anchor and what it deploys.
+
+    Training on all tasks at once has one stage, in which all are scored.
+    """
+    count = len(stream.tasks)
+    numbers = settings.tasks_during(stage.row, count, run.seed)
+    return [stream.tasks[task] for task in (range(count) if run.method.joint else numbers)]
 
 
 def _ends(run: Run, stage: Stage) -> tuple[str, str]:

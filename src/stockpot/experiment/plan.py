@@ -7,9 +7,10 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from stockpot.evaluation.settings import EvaluationSettings
 from stockpot.experiment.config import Experiment
 from stockpot.methods import Method
 from stockpot.methods.base import short
@@ -61,6 +62,8 @@ class Plan:
     runs: tuple[Run, ...]
     data: str
     """Fingerprint of the stream's examples."""
+    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    """Which scores there will be."""
 
     def uses(self) -> Counter[str]:
         """How many stages need the weights of each trained key."""
@@ -132,7 +135,7 @@ def make_plan(experiment: Experiment, stream: Stream, share: bool = True) -> Pla
             own = {} if share else {"run": run_id}
             start = _key({**common, "seed": seed, **own})
             runs.append(Run(run_id, method, seed, _stages(experiment, stream, method, start)))
-    return Plan(tuple(runs), data)
+    return Plan(tuple(runs), data, experiment.evaluation)
 
 
 def _stages(

@@ -1,23 +1,35 @@
-"""What several runs train alike is trained once: a store of trained weights by content key."""
+"""What several runs train alike is trained and scored once: a store by content key."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stockpot.errors import DamagedRecordError
 from stockpot.files import read_json, read_tensors, sha256, space_errors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from stockpot.evaluation.score import Score
+
 __all__ = ["PrefixStore"]
 
 
 class PrefixStore:
-    """Trained weights, and what their training cost, under the key of all that decided them."""
+    """Trained weights, what their training cost, and scores, under the key of what decided them.
+
+    Args:
+        folder: where they are.
+        uses: how many stages need the weights of each key.
+    """
 
     def __init__(self, folder: Path, uses: Counter[str]) -> None:
         self.folder = folder
@@ -60,8 +72,52 @@ class PrefixStore:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
+    def has_scores(self, key: str) -> bool:
+        """Whether the scores of the weights of ``key`` are there."""
+        return (self.folder / key / "scores.json").exists()
+
+    def scores(self, key: str) -> list[tuple[str, list[Score]]] | None:
+        """Task by task, the scores of the weights of ``key``; None if there are none to be had."""
+        from stockpot.evaluation.score import Score
+
+        with contextlib.suppress(OSError, ValueError, KeyError, DamagedRecordError):
+            held = json.loads((self.folder / key / "scores.json").read_text(encoding="utf-8"))
+            items = read_tensors(self.folder / key / "scores.safetensors", held["sha256"])
+            return [
+                (
+                    task,
+                    [
+                        Score(**{**one, "texts": tuple(one["texts"])}, items=items.get(f"{t}.{n}"))
+                        for n, one in enumerate(own)
+                    ],
+                )
+                for t, (task, own) in enumerate(held["scores"])
+            ]
+        return None
+
+    def save_scores(self, key: str, scores: Iterable[tuple[str, list[Score]]]) -> None:
+        """Keep the scores of the weights of ``key``, with what became of every item."""
+        folder = self.folder / key
+        items: dict[str, Tensor] = {}
+        plain = []
+        for t, (task, own) in enumerate(scores):
+            for n, score in enumerate(own):
+                if score.items is not None:
+                    items[f"{t}.{n}"] = score.items
+            plain.append((task, [_plain(score) for score in own]))
+        with space_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / "scores.safetensors", items)
+        digest = sha256(folder / "scores.safetensors")
+        write_json(folder / "scores.json", {"sha256": digest, "scores": plain})
+
     def used(self, key: str) -> None:
         """A stage has what it needs of ``key``; after the last one it is deleted."""
         self._left[key] -= 1
         if self._left[key] <= 0:
             shutil.rmtree(self.folder / key, ignore_errors=True)
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    """A score without its items."""
+    return {f.name: getattr(score, f.name) for f in fields(score) if f.name != "items"}

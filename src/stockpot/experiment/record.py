@@ -11,11 +11,12 @@ import contextlib
 import json
 import os
 import shutil
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stockpot.errors import ConfigError, DamagedRecordError
+from stockpot.errors import ConfigError, DamagedRecordError, StockpotError
 from stockpot.files import (
     exclusive,
     link_or_copy,
@@ -50,6 +51,7 @@ class Record:
         self.folder = folder
         self.runs = folder / "runs"
         self.scratch = folder / "scratch"
+        self.journals = folder / "jobs"
         self._stages: dict[tuple[str, int], dict[str, Any]] = {}
 
     # Opening.
@@ -82,11 +84,12 @@ class Record:
             another = self._what_differs(described, experiment, data, list(skipped))
         if another is not None:
             log = self.folder / "stages.jsonl"
-            if log.exists() and log.stat().st_size:
+            if (log.exists() and log.stat().st_size) or any(self.journals.glob("*/stage-*.json")):
                 raise ConfigError(another)
             # Nothing of that other experiment is finished; its checkpoints are of no use to this.
             (self.folder / "start.json").unlink(missing_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
+            shutil.rmtree(self.folder / "prefixes", ignore_errors=True)
         # First of all: a folder with this file is a record.
         write_json(
             described,
@@ -101,6 +104,9 @@ class Record:
         with space_errors(self.folder):
             self.runs.mkdir(exist_ok=True)
         self._drop_leftovers()
+        for folder in sorted(self.journals.glob("*")):  # of workers that were killed, or of all
+            self.fold(folder.name)
+        shutil.rmtree(self.journals, ignore_errors=True)
         write_json(self.folder / "environment.json", environment)
         write_text(self.folder / "experiment.yaml", experiment.to_yaml())
 
@@ -152,11 +158,13 @@ class Record:
             raise DamagedRecordError(f"{described} is damaged: it holds no experiment")
         changes = []
         # These do not change what is measured.
-        free = {"device", "threads", "checkpoint_seconds", "report_to"}
+        free = {"device", "threads", "checkpoint_seconds", "report_to", "parallel"}
         for section, now in experiment.common().items():
             before = held.get(section, {})
             if section == "evaluation":  # what an older version could not measure is not measured
                 before = {"line": 0, "line_limit": now["line_limit"], **before}
+                before = {"tasks": "all", "tasks_limit": now["tasks_limit"], **before}
+                before = {"every_tasks": 1, **before}
             changes += [
                 f"{section}.{key}: {before.get(key)!r} there, {now.get(key)!r} now"
                 for key in sorted({*before, *now} - free)
@@ -263,13 +271,17 @@ class Record:
         """
         path = self.folder / "start.json"
         held = read_json(path) if path.exists() else {}
-        if held.setdefault(str(seed), fingerprint) != fingerprint:
-            raise ConfigError(
-                f"the model starts from other weights than when {self.folder} was made (seed "
-                f"{seed}): its files, its code or a library has changed. Choose another folder "
-                "with --output"
-            )
-        write_json(path, held)
+        if held.get(str(seed), fingerprint) != fingerprint:
+            raise ConfigError(self._another_start(seed))
+        if str(seed) not in held:
+            write_json(path, {**held, str(seed): fingerprint})
+
+    def _another_start(self, seed: int) -> str:
+        return (
+            f"the model starts from other weights than when {self.folder} was made (seed "
+            f"{seed}): its files, its code or a library has changed, or differs between the "
+            "machines that work on it. Choose another folder with --output"
+        )
 
     def check_stage(self, run: str, stage: int, key: str) -> None:
         """Refuse to take a finished stage for what other settings would give.
@@ -403,6 +415,44 @@ class Record:
         self._append(_STAGES, [stage])
         self._stages[stage["run"], stage["stage"]] = stage
         self.stage_file(stage["run"], stage["stage"]).with_suffix(".json").unlink(missing_ok=True)
+
+    def fold(self, run: str) -> list[tuple[dict[str, Any], list[dict[str, Any]]]]:
+        """Take up what workers have finished of a run (:mod:`stockpot.experiment.journal`).
+
+        A kill between the lines of the logs and the deletion of the journal's file doubles nothing:
+        a stage that the logs call finished is passed over.
+
+        Returns:
+            The line in stages.jsonl of each stage, and its lines in scores.jsonl.
+
+        Raises:
+            ConfigError: if a worker has started from other weights than the record says. Its stage
+                is not taken up.
+        """
+        found = []
+        for path in sorted((self.journals / run).glob("stage-*.json")):
+            held = read_json(path)
+            stage = held["stage"]
+            if (stage["run"], stage["stage"]) not in self._stages:
+                try:
+                    self.check_start(*held["start"])
+                except ConfigError:
+                    path.unlink()
+                    raise
+                logs = (held[name] for name in ("scores", *_OPTIONAL))
+                self.finish_stage(stage, *logs)
+                found.append((stage, held["scores"]))
+            path.unlink()
+        return found
+
+    def keep_error(self, run: str, error: Exception) -> str:
+        """What to say of a run that failed; of errors not our own a traceback is kept."""
+        if isinstance(error, StockpotError):
+            return str(error)
+        path = self.run_folder(run) / "error.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, "".join(traceback.format_exception(error)))
+        return f"{type(error).__name__}: {error} (where: {path})"
 
     def _check_manifest(self, folder: Path, manifest: dict[str, Any]) -> None:
         """A finished run's files are there and are those that were written."""

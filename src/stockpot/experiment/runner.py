@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 import time
-import traceback
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from stockpot.errors import ConfigError, DamagedRecordError, DiskFullError, StockpotError
+from stockpot.errors import ConfigError, StockpotError
 from stockpot.evaluation.settings import Programs
 from stockpot.evaluation.tasks import Evaluator
 from stockpot.experiment.config import Experiment
+from stockpot.experiment.coordinator import Coordinator
 from stockpot.experiment.environment import describe_environment
+from stockpot.experiment.follower import FollowedPrefixes, Follower
+from stockpot.experiment.jobs import MakeExecutor, WorkerSettings
+from stockpot.experiment.local import LocalJobs
 from stockpot.experiment.measuring import make_evaluator
 from stockpot.experiment.observer import Observer, Row, There
 from stockpot.experiment.plan import Plan, Run, describe_plan, make_plan
@@ -25,7 +28,8 @@ from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
 from stockpot.experiment.stages import RunLoop
 from stockpot.experiment.summary import write_summary
-from stockpot.files import write_text
+from stockpot.experiment.worker import FATAL
+from stockpot.processes import Processes, processes
 from stockpot.streams.data import Stream
 from stockpot.tracking.trackers import check_trackers
 
@@ -34,6 +38,8 @@ __all__ = ["Outcome", "run_experiment"]
 
 _SUMMARY_SECONDS = 2.0
 """How old summary.json may be while an experiment runs, so that a report can be had meanwhile."""
+_SUMMARY_SHARE = 20.0
+"""How many times as long as it takes to make it is waited until it is made again."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ def run_experiment(
     stream: Stream | None = None,
     share_prefixes: bool = True,
     programs: Programs | None = None,
+    jobs: int = 1,
+    executor: MakeExecutor | None = None,
 ) -> Outcome:
     """Run every method, setting and seed of ``experiment``; go on where an earlier call stopped.
 
@@ -66,23 +74,49 @@ def run_experiment(
         share_prefixes: whether runs that agree up to a task train it once. The weights are the
             same without it.
         programs: consent to run the programs that models write (HumanEval).
+        jobs: how many runs at a time, each in a process of its own. The record is the same. They
+            read the stream anew, so it must be the one that the experiment describes.
+        executor: another place for the runs than this machine; ``jobs`` does not count then.
 
     Raises:
         StockpotError: if nothing can go on: another experiment's folder, a damaged record, a full
             disk.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError(
-            "this release trains each run in one process; start `stockpot run` without torchrun or "
-            "accelerate launch"
-        )
     check_trackers(experiment.training.report_to)
+    among = processes()
     if experiment.training.threads is not None:
         torch.set_num_threads(experiment.training.threads)
-    stream = experiment.load_stream() if stream is None else stream
-    evaluator = make_evaluator(experiment, stream, programs or Programs())
+    if stream is None:
+        with among.main_first():
+            stream = experiment.load_stream()
+    evaluator = make_evaluator(experiment, stream, programs or Programs(), among)
     plan = make_plan(experiment, stream, share_prefixes)
-    return _Runner(experiment, stream, plan, observer or Observer(), evaluator).run()
+    _check_same_data(among, plan)
+    if executor is None and jobs != 1:
+        executor = LocalJobs.of(jobs, experiment.resources, experiment.training.device)
+    if executor is not None and among.several:
+        raise ConfigError(
+            "several runs at a time (--jobs, --on), each shared by several processes (torchrun, "
+            "accelerate launch), do not go together: leave one of them out"
+        )
+    settings = WorkerSettings(
+        experiment=experiment.output.resolve() / "experiment.yaml",
+        folder=experiment.output.resolve(),
+        programs=programs or Programs(),
+        threads=experiment.training.threads,
+        share_prefixes=share_prefixes,
+    )
+    watcher = observer or Observer()
+    return _Runner(experiment, stream, plan, watcher, evaluator, settings, executor).run()
+
+
+def _check_same_data(among: Processes, plan: Plan) -> None:
+    """Refuse processes that have read other examples than the main one."""
+    if any(data != plan.data for data in among.gather(plan.data)):
+        raise ConfigError(
+            "the processes of this run have read different data: the data set, how it is read or a "
+            "library differs between their machines"
+        )
 
 
 class _Runner:
@@ -93,13 +127,34 @@ class _Runner:
         plan: Plan,
         observer: Observer,
         evaluator: Evaluator,
+        settings: WorkerSettings,
+        executor: MakeExecutor | None,
     ) -> None:
+        self.settings, self.executor = settings, executor
+        self.processes = evaluator.processes
         self.experiment, self.stream, self.plan, self.observer = experiment, stream, plan, observer
         self.evaluator = evaluator
-        self.record = Record(experiment.output)
-        self.prefixes = PrefixStore(experiment.output / "prefixes", plan.uses())
+        self.failures: dict[str, str] = {}
+        self.next_summary = 0.0
+        """From when on, by the monotonic clock, summary.json may be written again."""
+        self.record, self.prefixes = (
+            Record(experiment.output),
+            PrefixStore(experiment.output / "prefixes", plan.uses()),
+        )
+        if not self.processes.main:
+            self.record = Follower(experiment.output)
+            self.prefixes = FollowedPrefixes(self.prefixes.folder, plan.uses())
+            self.observer = Observer()
+            untracked = experiment.training.model_copy(update={"report_to": ()})
+            self.experiment = replace(experiment, training=untracked)
         self.loop = RunLoop(
-            experiment, stream, plan, self.record, self.prefixes, observer, evaluator
+            self.experiment,
+            stream,
+            plan,
+            self.record,
+            self.prefixes,
+            self.observer,
+            evaluator,
         )
 
     def run(self) -> Outcome:
@@ -111,45 +166,87 @@ class _Runner:
         if self.evaluator.sandbox is not None:
             environment["isolation of generated programs"] = self.evaluator.sandbox.level
         environment["notes on the data"] = list(self.stream.notes)
+        environment["processes of a run"] = self.processes.world
         planned = len(self.plan.runs)
-        self.record.open(
-            self.experiment, self.plan.data, environment, planned, self.evaluator.skipped
-        )
+        with self.processes.main_first():  # the others read what it has opened
+            self.record.open(
+                self.experiment, self.plan.data, environment, planned, self.evaluator.skipped
+            )
         names = tuple(task.name for task in self.stream.tasks)
         self.record.write_plan(describe_plan(self.plan, self.stream))
         # The trainer collects garbage at every task; what is alive now need not be searched.
         gc.collect()
         gc.freeze()
-        self.observer.experiment_begins(self.plan, names, self._there())
-        failures: dict[str, str] = {}
-        self.record.write_failures(failures)  # those of an earlier call are tried again
-        said: float | None = None
+        rows = self._rows()
+        kept = frozenset(key for key in self.plan.uses() if self.prefixes.has(key))
+        self.observer.experiment_begins(self.plan, names, There(rows, kept))
+        self.record.write_failures({})  # those of an earlier call are tried again
         try:
-            for run in self.plan.runs:
-                try:
-                    self.loop.run(run)
-                except (ConfigError, DamagedRecordError, DiskFullError, OSError):
-                    raise  # these concern all runs
-                except Exception as error:  # a method, a model or a library: the others go on
-                    failures[run.id] = self._failure(run, error)
-                    self.record.write_failures(failures)
-                    self.observer.run_failed(run, error)
-                if said is None or time.monotonic() - said > _SUMMARY_SECONDS:
-                    said = time.monotonic()
-                    write_summary(self.record, self.plan, self.stream)
+            if self.executor is None:
+                self._one_after_another(self.plan.runs)
+            else:
+                self._in_workers(self.executor, rows)
         except KeyboardInterrupt:
-            write_summary(self.record, self.plan, self.stream)
+            if self.processes.main:
+                write_summary(self.record, self.plan, self.stream)
             raise
         finally:
             gc.unfreeze()
+        failures = {
+            run.id: self.failures[run.id] for run in self.plan.runs if run.id in self.failures
+        }
+        if not self.processes.main:
+            return Outcome(self.record.folder, [], failures)
         summary = write_summary(self.record, self.plan, self.stream)
         if not failures:
             shutil.rmtree(self.prefixes.folder, ignore_errors=True)
-        shutil.rmtree(self.record.scratch, ignore_errors=True)
+        for folder in (self.record.scratch, self.record.journals):
+            shutil.rmtree(folder, ignore_errors=True)
         return Outcome(self.record.folder, summary, failures)
 
-    def _there(self) -> There:
-        """What an earlier call left."""
+    def _one_after_another(self, runs: Iterable[Run]) -> None:
+        for run in runs:
+            try:
+                self.loop.run(run)
+            except FATAL:
+                raise
+            except Exception as error:  # a method, a model or a library: the others go on
+                if self.processes.several and not isinstance(error, StockpotError):
+                    raise  # the other processes may not have met it and would wait for this one
+                self._run_failed(run, error, self.record.keep_error(run.id, error))
+            self._summarise_now_and_then()
+
+    def _in_workers(self, make_executor: MakeExecutor, rows: dict[tuple[str, int], Row]) -> None:
+        # What is finished is checked here, and trackers that lack some of it catch up.
+        runs = self.plan.runs
+        self._one_after_another(r for r in runs if self.record.finished(r.id) == len(r.stages))
+        coordinator = Coordinator(
+            self.plan,
+            self.record,
+            self.prefixes,
+            self.observer,
+            rows,
+            self.experiment.resources.retries,
+            lambda run, reason: self._run_failed(run, StockpotError(reason), reason),
+        )
+        executor = make_executor(self.settings, self.experiment.resources)
+        coordinator.run(executor, self._summarise_now_and_then)
+
+    def _run_failed(self, run: Run, error: Exception, reason: str) -> None:
+        self.failures[run.id] = reason
+        self.record.write_failures(self.failures)
+        self.observer.run_failed(run, error)
+
+    def _summarise_now_and_then(self) -> None:
+        now = time.monotonic()
+        if self.processes.main and now >= self.next_summary:
+            write_summary(self.record, self.plan, self.stream)
+            done = time.monotonic()
+            # It reads all logs: where that takes long, it is done seldom.
+            self.next_summary = done + max(_SUMMARY_SECONDS, _SUMMARY_SHARE * (done - now))
+
+    def _rows(self) -> dict[tuple[str, int], Row]:
+        """The scores of the stages that an earlier call finished."""
         scores: dict[tuple[str, int], list[dict[str, Any]]] = {}
         for line in self.record.scores():
             scores.setdefault((line["run"], line["stage"]), []).append(line)
@@ -158,17 +255,4 @@ class _Runner:
             for run in self.plan.runs
             for number in range(self.record.finished(run.id))
         ]
-        keys = self.plan.uses()
-        return There(
-            {stage: Row.of(scores.get(stage, [])) for stage in finished},
-            frozenset(key for key in keys if self.prefixes.has(key)),
-        )
-
-    def _failure(self, run: Run, error: Exception) -> str:
-        """What to say of a run that failed; of errors not our own a traceback is kept."""
-        if isinstance(error, StockpotError):
-            return str(error)
-        path = self.record.run_folder(run.id) / "error.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, "".join(traceback.format_exception(error)))
-        return f"{type(error).__name__}: {error} (where: {path})"
+        return {stage: Row.of(scores.get(stage, [])) for stage in finished}

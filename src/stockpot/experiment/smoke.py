@@ -118,28 +118,36 @@ def _shorten(stream: dict[str, Any]) -> None:
             stream["order"] = list(order)[:_TASKS]
 
 
-def with_tiny_model(experiment: Experiment) -> tuple[Experiment, Stream]:
-    """The experiment with a tiny model of its model's family, written beside the run folder."""
+def with_tiny_model(experiment: Experiment, write: bool = True) -> tuple[Experiment, Stream]:
+    """The experiment with a tiny model of its model's family, written beside the run folder.
+
+    Of several processes one writes it, before the others.
+    """
     stream = experiment.stream.load()
     model = experiment.model
     if isinstance(model, HuggingFace):
         folder = experiment.output.parent / f".{experiment.output.name}-model"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        family = model.known_family()
-        try:
-            _write_model(family, stream, folder, bool(model.chat_template))
-        except StockpotError:
-            raise
-        except Exception as error:  # a family's configuration may want anything
-            raise ConfigError(
-                f"--smoke can make no tiny model of model.family = {family} for this stream "
-                f"({type(error).__name__}: {first_line(error)}). Give another family, or a small "
-                "model of your own as model.id without --smoke"
-            ) from error
+        if write:
+            _write_anew(model, stream, folder)
         tiny = model.model_copy(update={"id": str(folder), "revision": None, "pretrained": True})
         experiment = replace(experiment, model=tiny)
     return experiment, experiment.model.encode(stream)
+
+
+def _write_anew(model: HuggingFace, stream: Stream | TextStream, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    family = model.known_family()
+    try:
+        _write_model(family, stream, folder, bool(model.chat_template))
+    except StockpotError:
+        raise
+    except Exception as error:  # a family's configuration may want anything
+        raise ConfigError(
+            f"--smoke can make no tiny model of model.family = {family} for this stream "
+            f"({type(error).__name__}: {first_line(error)}). Give another family, or a small "
+            "model of your own as model.id without --smoke"
+        ) from error
 
 
 def _write_model(family: str, stream: Stream | TextStream, folder: Path, templated: bool) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,15 +18,18 @@ from stockpot.errors import ConfigError
 from stockpot.evaluation.score import Score
 from stockpot.evaluation.tasks import Evaluator
 from stockpot.experiment.config import Experiment
-from stockpot.experiment.measuring import Between
+from stockpot.experiment.measuring import Between, tasks_during
 from stockpot.experiment.observer import Observer, Row
 from stockpot.experiment.plan import Plan, Run, Stage
 from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
 from stockpot.experiment.tracking import StageLines, Tracking
+from stockpot.files import read_tensors, write_tensors
 from stockpot.methods.base import Memory, Method, TaskRun
 from stockpot.models.learner import Learner, check_finite, check_learner
 from stockpot.streams.data import Stream
+from stockpot.training.costs import resident_memory
+from stockpot.training.parallel import check_parallel
 from stockpot.training.trainer import Trained, Watch, train_task
 
 __all__ = ["RunLoop"]
@@ -46,7 +51,8 @@ class RunLoop:
         record: where their results go.
         prefixes: what several runs train alike.
         observer: is told how it goes.
-        evaluator: scores the models.
+        evaluator: scores the models; its processes share the runs. In all of them but the main one
+            ``record`` and ``prefixes`` are those of a follower.
     """
 
     def __init__(
@@ -64,9 +70,12 @@ class RunLoop:
         self.evaluator = replace(evaluator, progress=self._scoring)
         self.between = Between(experiment, stream, plan, self.evaluator)
         self.tracking = Tracking(experiment, self.record, [task.name for task in stream.tasks])
+        self.processes = evaluator.processes
         self.device = evaluator.device
         self.scored: dict[str, list[TaskScores]] = {}
-        """Scores by the key of the deployed weights, so that shared weights are scored once."""
+        """Scores by the key of the deployed weights, so that shared weights are scored once; those
+        of weights that no other run has are not kept: with every item they are large."""
+        self.deployed = Counter(stage.deployed for run in plan.runs for stage in run.stages)
         self.learner: Learner | None = None
         self.start: dict[str, Tensor] = {}
         self.start_seed: int | None = None
@@ -76,8 +85,8 @@ class RunLoop:
         if self.current is not None:
             self.observer.scoring(self.current, what, done, total)
 
-    def run(self, run: Run) -> None:
-        """One run, from its first unfinished stage."""
+    def run(self, run: Run, until: int | None = None) -> None:
+        """One run, from its first unfinished stage up to (not including) ``until``."""
         self.current = run
         done = self.record.finished(run.id)
         self.observer.run_begins(run, done)
@@ -89,8 +98,10 @@ class RunLoop:
                 self._start_from(run.seed)
                 method = run.method.model_copy(deep=True)
                 previous = self.record.weights(run.id, done - 1) if done else self.start
-                for stage in run.stages[done:]:
+                for stage in run.stages[done:until]:
                     previous = self._stage(run, method, stage, previous)
+            if until is not None and until < len(run.stages):
+                return
             self.record.finish_run(run.id, len(run.stages), self.experiment.record.weights)
         self.observer.run_ends(run)
 
@@ -107,27 +118,40 @@ class RunLoop:
                 f"the model cannot be built: {type(error).__name__}: {error}. See the settings "
                 "under model:"
             ) from error
+        for method in {type(run.method): run.method for run in self.plan.runs}.values():
+            check_parallel(
+                method, self.learner.module, self.experiment.training, self.processes.world
+            )
         logits = check_learner(self.learner, self.stream, self.device)
         self.start, self.start_seed = self.learner.weights(), seed
         # With what they answer: the same weights in another architecture are another start.
-        self.record.check_start(seed, fingerprint({**self.start, "logits of theta_0": logits}))
+        start = fingerprint({**self.start, "logits of theta_0": logits})
+        self.processes.from_main(lambda: self.record.check_start(seed, start))
+        if self.processes.several:
+            path = self.record.scratch / f"start-{seed}.safetensors"
+            if self.processes.main:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_tensors(path, self.start)
+            self.start = self._for_all(self.start, path)
         self.scored.clear()
 
     def _stage(
         self, run: Run, method: Method, stage: Stage, previous: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Train (or take from the store), end, score and write one stage."""
+        begin = time.perf_counter()
         context = self._context(run, stage, previous)
         self.observer.stage_begins(run, stage, context.merges)
         # Scoring may take hours: what a kill meanwhile left trained is not trained again.
         ready = self.record.ready(run.id, stage.number, stage.deployed)
-        if ready is None:
+        if not self._main_sees(ready is not None, self.record.stage_file(run.id, stage.number)):
             deployed, about = self._deploy(run, method, stage, context)
         else:
+            assert ready is not None
             deployed, about = ready
             context.load(deployed)
             context.merges[:], context.curve[:] = about["merges"], about["curve"]
-        scores = self._scores(stage.deployed)
+        scores = self._scores(run, stage)
         self._save_items(run, stage, scores)
         floating = [name for name, weight in deployed.items() if weight.is_floating_point()]
         names = [self.stream.tasks[task].name for task in stage.tasks]
@@ -147,20 +171,51 @@ class RunLoop:
             **{key: about.get(key) for key in ("extra_examples", "stored")},
             **{key: about[key] for key in ("losses", "key", "sha256")},
         }
-        if context.last and self.experiment.record.weights != "none":
+        if self.processes.main and context.last and self.experiment.record.weights != "none":
             context.learner.describe(self.record.run_folder(run.id))
         at = {"run": run.id, "stage": stage.number}
         score_lines = self._score_lines(run, stage, scores)
         merges = [{**at, "task": names[-1], **merge} for merge in context.merges]
         curves = [{**at, "trained": names[-1], **point} for point in context.curve]
         between = self.between.line(run, stage, context, deployed)
+        line |= {
+            "wall_seconds": time.perf_counter() - begin,
+            "resident_memory": resident_memory(),
+        }
         self.record.finish_stage(line, score_lines, merges, curves, between)
         self.tracking.stage_ends(StageLines(line, score_lines, merges, curves))
         self.prefixes.used(stage.trained)
         self._forget_weights(run, stage)
+        self.processes.wait()  # what later stages read is written
         row = Row.of(line for line in score_lines if line["stage"] == stage.number)
         self.observer.stage_ends(run, stage, about["trained_here"], row)
         return deployed
+
+    def _for_all(self, weights: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+        """The main process's weights, which it has written to ``path``, in all processes.
+
+        They map the file: what several processes of a machine read of it is in memory once.
+        """
+        if not self.processes.several:
+            return weights
+        self.processes.wait()
+        self._main_sees(path.exists(), path)
+        return read_tensors(path)
+
+    def _main_sees(self, here: bool, path: Path) -> bool:
+        """Whether the main process finds what this one was looking for.
+
+        Raises:
+            ConfigError: if it finds what is not here: they do not see the same files.
+        """
+        there = self.processes.from_main(lambda: here)
+        if there and not here:
+            raise ConfigError(
+                f"process {self.processes.rank} does not see {path}, which the main process has. "
+                "All processes of a run must see the same run folder: put it on storage that they "
+                "share (--output)"
+            )
+        return there
 
     def _deploy(
         self, run: Run, method: Method, stage: Stage, context: TaskRun
@@ -173,9 +228,7 @@ class RunLoop:
         where = f"run {run.id}, after task {self.stream.tasks[stage.row].name!r}"
         check_finite(context.model, where)
 
-        deployed = context.weights()
-        if context.learner.adapted:
-            context.load(deployed)  # what is kept is scored: adapters merged in, and rounded
+        deployed = context.weights() if self.processes.main else {}
         same = stage.trained == stage.deployed and self.prefixes.has(stage.trained)
         digest = self.record.save_weights(
             run.id,
@@ -183,6 +236,9 @@ class RunLoop:
             deployed,
             same_as=self.prefixes.path(stage.trained) if same else None,
         )
+        deployed = self._for_all(deployed, self.record.stage_file(run.id, stage.number))
+        if context.learner.adapted or not self.processes.main:
+            context.load(deployed)  # what is kept is scored: adapters merged in, and rounded
         about = {
             "steps": trained.steps,
             "seconds": trained.seconds + end_seconds,
@@ -212,7 +268,10 @@ class RunLoop:
             learner=self.learner,
             start=self.start,
             previous=previous,
-            memory=Memory(self.record.run_folder(run.id) / "memory", stage.number),
+            memory=Memory(
+                self.record.run_folder(run.id) / "memory", stage.number, self.processes.main
+            ),
+            processes=self.processes,
             # The same for all methods: they see the same batches, and runs that agree can share.
             seed=run.seed * 1_000_003 + stage.number,
             total_steps=stage.steps,
@@ -223,7 +282,8 @@ class RunLoop:
         self, run: Run, method: Method, stage: Stage, context: TaskRun
     ) -> tuple[Trained, bool]:
         """Leave the trained weights in the model; also says whether they were trained just now."""
-        if self.prefixes.has(stage.trained):
+        held = self.prefixes.has(stage.trained)
+        if self._main_sees(held, self.prefixes.path(stage.trained)):
             weights, about = self.prefixes.load(stage.trained)
             context.load(weights)
             context.merges[:] = about["merges"]
@@ -242,7 +302,7 @@ class RunLoop:
             self.record.scratch / run.id / f"stage-{stage.number:04d}",
             partial(self.observer.step, run),
             where=f"run {run.id}, task {names!r}",
-            watch=self._watch(context, stage),
+            watch=self._watch(run, context, stage),
         )
         about = {
             "merges": context.merges,
@@ -251,16 +311,17 @@ class RunLoop:
             "seconds": trained.seconds,
             "peak_memory": trained.peak_memory,
         }
-        if self.prefixes.wants(stage.trained):
+        if self.processes.main and self.prefixes.wants(stage.trained):
             self.prefixes.save(stage.trained, context.weights(), about)
         return trained, True
 
-    def _watch(self, context: TaskRun, stage: Stage) -> Watch:
-        """Scores on all tasks while one trains, as far as they are asked for."""
+    def _watch(self, run: Run, context: TaskRun, stage: Stage) -> Watch:
+        """Scores while a task trains, as far as they are asked for."""
         settings = self.experiment.evaluation
+        tasks = tasks_during(run, stage, self.stream, settings)
 
         def probe(step: int, moment: str) -> None:
-            for task in self.stream.tasks:
+            for task in tasks:
                 score = self.evaluator.held_out(
                     context.learner, task.test, settings.during_limit, what=task.name
                 )
@@ -279,27 +340,48 @@ class RunLoop:
         losses = self.tracking.watch(context.merges, context.curve)
         return Watch(probe, settings.steps_between(stage.steps), settings.merges, losses)
 
-    def _scores(self, key: str) -> list[TaskScores]:
-        """All scores of the weights in the model, task by task."""
+    def _scores(self, run: Run, stage: Stage) -> list[TaskScores]:
+        """The scores of the deployed weights, which are in the model, task by task."""
+        tasks = self.stream.tasks
+        chosen = self.experiment.evaluation.tasks_after(stage.row, len(tasks), run.seed)
+        if self.deployed[stage.deployed] == 1:
+            return self._scores_on(chosen)
+        return self._scored_once(stage.deployed, partial(self._scores_on, chosen))
+
+    def _scored_once(self, key: str, score: Callable[[], list[TaskScores]]) -> list[TaskScores]:
+        """Scores that several runs need: taken by the first, in whichever process it is."""
         if key not in self.scored:
-            assert self.learner is not None
-            scores: list[TaskScores] = [
-                (task.name, self.evaluator.scores(self.learner, task)) for task in self.stream.tasks
-            ]
-            if general := self.evaluator.lm_eval(self.learner):
-                scores.append((_GENERAL, general))
+            scores = self.processes.from_main(lambda: self.prefixes.scores(key))
+            if scores is None:
+                scores = score()
+                if self.processes.main:
+                    self.prefixes.save_scores(key, scores)
             self.scored[key] = scores
         return self.scored[key]
 
+    def _scores_on(self, chosen: Sequence[int]) -> list[TaskScores]:
+        """All scores of the weights in the model on some tasks."""
+        assert self.learner is not None
+        tasks = [self.stream.tasks[number] for number in chosen]
+        scores = [(task.name, self.evaluator.scores(self.learner, task)) for task in tasks]
+        if general := self.evaluator.lm_eval(self.learner):
+            scores.append((_GENERAL, general))
+        return scores
+
     def _start_scores(self) -> list[TaskScores]:
         """b: the scores of theta_0."""
-        if "start" not in self.scored:
-            assert self.learner is not None
-            now = self.learner.weights()
-            self.learner.load(self.start)
-            self._scores("start")
-            self.learner.load(now)
-        return self.scored["start"]
+        assert self.learner is not None
+        learner = self.learner
+
+        def score() -> list[TaskScores]:
+            now = learner.weights()
+            learner.load(self.start)
+            chosen = self.experiment.evaluation.tasks_at_start(len(self.stream.tasks))
+            scores = self._scores_on(chosen)
+            learner.load(now)
+            return scores
+
+        return self._scored_once(f"start-seed{self.start_seed}", score)
 
     def _save_items(self, run: Run, stage: Stage, scores: list[TaskScores]) -> None:
         """Keep what became of every item; the starting model's with the first stage."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from stockpot.errors import DamagedRecordError
+from stockpot.evaluation.settings import EvaluationSettings
 from stockpot.experiment.plan import Plan, Run
 from stockpot.experiment.record import Record
 from stockpot.files import write_json
@@ -23,13 +25,20 @@ def write_summary(record: Record, plan: Plan, stream: Stream) -> list[dict[str, 
 
 
 def summarise(record: Record, plan: Plan, stream: Stream) -> list[dict[str, Any]]:
-    """One object per finished run: method, settings, seed, R, b, metrics."""
+    """One object per finished run: method, settings, seed, R, b, metrics.
+
+    R and b are None where nothing was to be scored (``evaluation.tasks``).
+    """
     tasks = tuple(task.name for task in stream.tasks)
     scores: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for line in record.scores():
         scores.setdefault((line["run"], line["stage"]), []).append(line)
     return [
-        {"stream": stream.name, "scenario": stream.scenario, **_one(record, run, tasks, scores)}
+        {
+            "stream": stream.name,
+            "scenario": stream.scenario,
+            **_one(record, run, plan.evaluation, tasks, scores),
+        }
         for run in plan.runs
         if record.finished(run.id) == len(run.stages)
     ]
@@ -38,26 +47,29 @@ def summarise(record: Record, plan: Plan, stream: Stream) -> list[dict[str, Any]
 def _one(
     record: Record,
     run: Run,
+    settings: EvaluationSettings,
     tasks: tuple[str, ...],
     scores: dict[tuple[str, int], list[dict[str, Any]]],
 ) -> dict[str, Any]:
-    def row(stage: int) -> list[float]:
+    def row(stage: int, expected: Iterable[int]) -> list[float | None]:
         found: dict[str, list[float]] = {}
         for line in scores.get((run.id, stage), []):
             if line.get("headline", True):
                 found.setdefault(line["task"], []).append(line["value"])
-        missing = [task for task in tasks if task not in found]
+        missing = [tasks[task] for task in expected if tasks[task] not in found]
         if missing:
             raise DamagedRecordError(
                 f"{record.folder / 'scores.jsonl'} lacks the score of run {run.id!r}, stage "
                 f"{stage}, on task {missing[0]!r}"
             )
-        return [math.fsum(found[task]) / len(found[task]) for task in tasks]
+        means = {task: math.fsum(values) / len(values) for task, values in found.items()}
+        return [means.get(task) for task in tasks]
 
-    R: list[list[float] | None] = [None] * len(tasks)
+    R: list[list[float | None] | None] = [None] * len(tasks)
     for stage in run.stages:
-        R[stage.row] = row(stage.number)
-    b = row(-1)
+        scored = settings.tasks_after(stage.row, len(tasks), run.seed)
+        R[stage.row] = row(stage.number, scored)
+    b = row(-1, settings.tasks_at_start(len(tasks)))
     lines = [record.stages()[run.id, stage.number] for stage in run.stages]
     last = scores[run.id, run.stages[-1].number]
     headline = [line for line in last if line.get("headline", True)]

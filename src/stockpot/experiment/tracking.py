@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import stockpot
@@ -22,7 +23,7 @@ from stockpot.experiment.observer import Row
 from stockpot.experiment.plan import Run
 from stockpot.experiment.record import Record
 from stockpot.files import read_json, write_json
-from stockpot.metrics import Matrix, all_metrics
+from stockpot.metrics import all_metrics
 from stockpot.tracking import names
 from stockpot.tracking.trackers import TRACKERS, Points, Status, TrackedRun, Tracker
 
@@ -45,6 +46,16 @@ class StageLines:
     """With those of the starting model in a run's first stage."""
     merges: Sequence[Line]
     curves: Sequence[Line]
+
+    @cached_property
+    def row(self) -> Row:
+        """Its row of R."""
+        return Row.of([line for line in self.scores if line["stage"] >= 0])
+
+    @cached_property
+    def start(self) -> Row:
+        """The starting model's scores, in a run's first stage."""
+        return Row.of([line for line in self.scores if line["stage"] < 0])
 
 
 def training_points(
@@ -104,9 +115,9 @@ def _score_values(lines: Sequence[Line]) -> dict[str, float]:
     """Each task's entry in R, and every single score where that is not all there is."""
     row = Row.of(lines).values
     values = {names.score(task): value for task, value in row.items()}
+    scores = Counter(line["task"] for line in lines)
     for line in lines:
-        alone = sum(line["task"] == other["task"] for other in lines) == 1
-        if not (alone and line["task"] in row):
+        if not (scores[line["task"]] == 1 and line["task"] in row):
             name = names.detail(line["task"], line.get("evaluation", "test"), line["metric"])
             values[name] = line["value"]
     return values
@@ -115,14 +126,12 @@ def _score_values(lines: Sequence[Line]) -> dict[str, float]:
 def _summary_values(stages: Sequence[StageLines], tasks: Sequence[str]) -> dict[str, float]:
     """The metrics of continual learning as if the stream ended here; not those with no meaning."""
     seen = tasks[: stages[-1].stage["row"] + 1]
-    R: list[list[float] | None] = [None] * len(seen)
+    R: list[list[float | None] | None] = [None] * len(seen)
     for stage in stages:
-        row = Row.of([line for line in stage.scores if line["stage"] >= 0])
-        R[stage.stage["row"]] = [row.values[task] for task in seen]
-    first = Row.of([line for line in stages[0].scores if line["stage"] < 0])
-    matrix: Matrix = R
-    b = [first.values[task] for task in seen]
-    metrics = all_metrics(matrix, b, "lower" if first.better == "lower" else "higher")
+        R[stage.stage["row"]] = [stage.row.values.get(task) for task in seen]
+    first = stages[0].start
+    b = [first.values.get(task) for task in seen]
+    metrics = all_metrics(R, b, "lower" if first.better == "lower" else "higher")
     return {names.summary(key): value for key, value in metrics.items() if value is not None}
 
 
