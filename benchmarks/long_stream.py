@@ -317,6 +317,7 @@ def draw(results: dict[str, Any]) -> None:
         if axes.lines:
             axes.legend(frameon=False, fontsize=8, ncols=2)
     seconds.set_ylim(top=1.5 * max([0.01, *(max(line.get_ydata()) for line in seconds.lines)]))
+    memory.set_ylim(top=1.2 * max([1.0, *(max(line.get_ydata()) for line in memory.lines)]))
     save_figure(figure, DOCS / "images", "long-stream")
 
 

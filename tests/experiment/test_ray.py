@@ -85,21 +85,31 @@ def the_same(folder):
     record = record_of(folder)
     for log in ("scores", "merges", "stages"):
         record[log] = sorted(record[log], key=lambda line: json.dumps(line, sort_keys=True))
+    # What failed runs would share stays for the next try; which of it, depends on the order.
+    record["files"] = [name for name in record["files"] if not name.startswith("prefixes/")]
     return record
 
 
-def test_the_record_is_that_of_a_local_run_and_prefixes_are_trained_once(tmp_path, cluster):
-    path = write_experiment(tmp_path, f"[{', '.join(SETTINGS.values())}]")
-    run_file(path, tmp_path / "local")
-    outcome = run_on_ray(path, tmp_path / "ray")
-    assert not outcome.failures
+def test_the_record_is_that_of_a_local_run_prefixes_trained_once_a_failed_run_reported(
+    tmp_path, cluster
+):
+    diverges = "{name: l2, strength: 1e30}"  # on the second task
+    path = write_experiment(tmp_path, f"[{diverges}, {', '.join(SETTINGS.values())}]")
+    local = run_file(path, tmp_path / "local", ["training.optimizer=sgd"])
+    outcome = run_on_ray(path, tmp_path / "ray", ["training.optimizer=sgd"])
+    assert outcome.failures == local.failures
+    assert set(outcome.failures) == {"l2-strength1e+30-seed0"}
     assert len(outcome.summary) == len(SETTINGS)
     assert the_same(tmp_path / "ray") == the_same(tmp_path / "local")
 
+    stages = lines(tmp_path / "ray" / "stages.jsonl")
     experiment = load_experiment(path)
     plan = make_plan(experiment, experiment.load_stream())
-    trained = [line for line in lines(tmp_path / "ray" / "stages.jsonl") if line["trained_here"]]
-    assert sum(line["steps"] for line in trained) == plan.steps_to_train < plan.steps
+    trained_as = {(r.id, s.number): s.trained for r in plan.runs for s in r.stages}
+    trained = [trained_as[one["run"], one["stage"]] for one in stages if one["trained_here"]]
+    done = {trained_as[one["run"], one["stage"]] for one in stages}
+    assert sorted(trained) == sorted(done), "each once"
+    assert len(done) < len(stages), "some are shared"
     assert not workers(cluster), "no actor is left in a cluster that is another's"
 
 
@@ -118,27 +128,15 @@ def test_a_killed_worker_loses_nothing(tmp_path, cluster):
 
         def step(self, run, step, loss):
             if not self.victims and self.began >= 3 and step > 10:
-                for worker in workers(cluster):
-                    worker.send_signal(signal.SIGKILL)
-                    self.victims += 1
+                workers(cluster)[0].send_signal(signal.SIGKILL)
+                self.victims += 1
 
     assassin = Assassin()
     outcome = run_on_ray(path, tmp_path / "ray", LONG, observer=assassin)
-    assert assassin.victims, "somebody was there to be killed"
+    assert assassin.victims == 1
     assert assassin.began > len(lines(tmp_path / "ray" / "stages.jsonl")), "a task began again"
     assert not outcome.failures
     assert the_same(tmp_path / "ray") == the_same(tmp_path / "local")
-
-
-def test_a_failing_run_does_not_stop_the_others(tmp_path):
-    path = write_experiment(tmp_path, "[sequential, {name: l2, strength: 1e30}, sfa]")
-    outcome = run_on_ray(path, tmp_path / "ray", ["training.optimizer=sgd"])
-    assert set(outcome.failures) == {"l2-strength1e+30-seed0"}
-    assert "task '2-3'" in outcome.failures["l2-strength1e+30-seed0"]
-    assert {run["run"] for run in outcome.summary} == {
-        "sequential-seed0",
-        "sfa-p0.25-beta0.5-seed0",
-    }
 
 
 DRIVER = """

@@ -192,11 +192,13 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def _read_environment_anew() -> None:
-    """Have Ray forget that a cluster of ours wanted a token: another one would not answer us."""
-    with contextlib.suppress(ImportError, AttributeError):  # older versions have no tokens
-        from ray._raylet import Config
+    """Have Ray forget the token of a cluster of ours: nothing of another one would reach us."""
+    with contextlib.suppress(AttributeError):  # older versions have no tokens
+        from ray import _raylet
 
-        Config.initialize("")
+        library: Any = _raylet
+        library.Config.initialize("")
+        library.AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _temporary_folder() -> Path:
