@@ -372,6 +372,9 @@ class _RayExecutor:
                     busy.clear()
                 worker = None
                 if self._mailbox is not None:
+                    if self._taking is not None:  # Ray complains of calls that are cut off
+                        self._mailbox.put.remote([])
+                        self._ray.wait([self._taking], timeout=_STOP_SECONDS)
                     self._ray.kill(self._mailbox)
         finally:
             # Handles that outlive their session would take away those of the next: it may give the
