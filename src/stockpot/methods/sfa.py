@@ -64,7 +64,8 @@ class SFA(Method):
         super().start_task(run)
         self._averager = None
         if run.stage or self.protect_base:
-            self._attach(run, run.device)
+            # Several processes of a machine map one file of the anchor; merges are few.
+            self._attach(run, "cpu" if run.processes.several else run.device)
 
     def take_parts(self, run: TaskRun, parts: Parts) -> None:
         """Keep of the anchor what this process has of the weights, and average it alone."""
