@@ -71,16 +71,23 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "zero3"])  # ddp: below; all: tests/training
-def test_two_processes_give_what_one_gives(tmp_path: Path, alone: Path, mode: str) -> None:
-    if mode.startswith("zero"):
-        pytest.importorskip("deepspeed")
-    done = run(2, digits(tmp_path, parallel=mode), "--json", "-o", tmp_path / "out")
+def test_two_processes_give_what_one_gives(tmp_path: Path, alone: Path) -> None:
+    """With every method. Under ddp: below; each mode without a command line: tests/training."""
+    done = run(2, digits(tmp_path, parallel="fsdp2"), "--json", "-o", tmp_path / "out")
     assert_same_run(tmp_path / "out", alone)
     environment = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert environment["processes of a run"] == 2
     # One process says the result, and nothing else is on stdout.
     assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "summary.json").read_text())
+
+
+def test_deepspeed(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    methods = f"[{SETTINGS['sfa']}, {SETTINGS['ewc']}]"
+    path = digits(tmp_path, methods, parallel="zero3")
+    run(1, path, "-q", "-o", tmp_path / "one")
+    run(2, path, "-q", "-o", tmp_path / "two")
+    assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.parametrize(("rank", "before", "after"), [(0, 2, 1), (1, 2, 1), (0, 1, 2), (1, 2, 2)])
