@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from stockpot.processes import ALONE, Processes, said_by_main
+from stockpot.processes import ALONE, Processes, _backends, meeting_place, said_by_main
 from support.launch import launch
 from support.text import write_model, write_tasks
 
@@ -70,3 +71,30 @@ def test_alone_nothing_is_communicated_and_errors_are_ones_own() -> None:
     assert ALONE.gather(3) == [3]
     with ALONE.main_first():
         ALONE.wait()
+
+
+def test_on_gpus_numbers_meet_in_host_memory_and_each_process_has_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A group made without names has NCCL alone, which cannot add up numbers in host memory."""
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    for rank in ("1", "2"):  # the third trains on the CPU, or is refused later
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert _backends() == "cpu:gloo,cuda:nccl"
+    assert taken == [1]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _backends() == "gloo"
+
+
+@pytest.mark.parametrize(
+    ("backends", "place"), [("cuda:nccl", "cuda"), ("cpu:gloo,cuda:nccl", "cpu")]
+)
+def test_where_numbers_meet(monkeypatch: pytest.MonkeyPatch, backends: str, place: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
+    assert meeting_place().type == place

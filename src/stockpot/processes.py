@@ -19,14 +19,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from stockpot.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
-__all__ = ["ALONE", "Processes", "launched", "leave", "processes", "said_by_main"]
+__all__ = [
+    "ALONE",
+    "Processes",
+    "check_one_process",
+    "launched",
+    "leave",
+    "meeting_place",
+    "processes",
+    "said_by_main",
+]
 
 _T = TypeVar("_T")
 
-_TIMEOUT = datetime.timedelta(hours=2)
-"""How long processes wait for each other: scoring generated texts is uneven."""
+_TIMEOUT = datetime.timedelta(days=2)
+"""How long processes wait for each other: what one does alone (an evaluation suite, programs that
+models wrote) may take long. That one is gone is the launcher's to notice, and it ends the others.
+"""
 
 
 def launched() -> int:
@@ -39,6 +51,19 @@ def launched() -> int:
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"WORLD_SIZE = {text!r} is no number of processes; unset it")
     return int(text)
+
+
+def check_one_process() -> None:
+    """Refuse several runs at a time where several processes share each.
+
+    Raises:
+        ConfigError: if a launcher started several processes.
+    """
+    if launched() > 1:
+        raise ConfigError(
+            "several runs at a time (--jobs, --on), each shared by several processes (torchrun, "
+            "accelerate launch), do not go together: leave one of them out"
+        )
 
 
 @dataclass(frozen=True)
@@ -106,7 +131,13 @@ class Processes:
         if self.several:
             import torch.distributed as dist
 
-            dist.all_reduce(tensor)
+            place = meeting_place()
+            if place.type == "cpu" or tensor.is_cuda:
+                dist.all_reduce(tensor)
+            else:
+                there = tensor.to(place)
+                dist.all_reduce(there)
+                tensor.copy_(there)
         return tensor
 
     def mine(self, items: Sequence[_T]) -> Sequence[_T]:
@@ -149,9 +180,35 @@ def processes() -> Processes:
                 f"WORLD_SIZE says that {launched()} processes share this run, but {missing[0]} is "
                 "not set. Start it with torchrun or accelerate launch, or unset WORLD_SIZE"
             )
-        dist.init_process_group(timeout=_TIMEOUT)
+        dist.init_process_group(_backends(), timeout=_TIMEOUT)
     local = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
     return Processes(dist.get_rank(), dist.get_world_size(), local)
+
+
+def _backends() -> str:
+    """What carries tensors: numbers and objects meet in host memory, weights where they are."""
+    import torch
+    import torch.distributed as dist
+
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        return "gloo"
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local < torch.cuda.device_count():  # before anything meets on a GPU
+        torch.cuda.set_device(local)
+    return "cpu:gloo,cuda:nccl"
+
+
+def meeting_place() -> torch.device:
+    """Where numbers of several processes are summed: in host memory, if something carries them.
+
+    A group that another program made may have a backend for GPUs alone.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if "cpu:" in str(dist.get_backend_config()) or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def leave() -> None:

@@ -16,16 +16,16 @@ __all__ = ["learning_rate_at", "make_optimizer", "training_arguments"]
 
 
 def make_optimizer(
-    parameters: list[nn.Parameter], settings: TrainingSettings
+    parameters: list[nn.Parameter], settings: TrainingSettings, fused: bool = True
 ) -> torch.optim.Optimizer:
-    """A fresh optimizer over ``parameters`` in one group."""
+    """A fresh optimizer over ``parameters`` in one group, by PyTorch's fused kernel or not."""
     rate, decay = settings.learning_rate, settings.weight_decay
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
-            parameters, lr=rate, momentum=settings.momentum, weight_decay=decay, fused=True
+            parameters, lr=rate, momentum=settings.momentum, weight_decay=decay, fused=fused
         )
     kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=rate, weight_decay=decay, fused=True)
+    return kind(parameters, lr=rate, weight_decay=decay, fused=fused)
 
 
 def training_arguments(
@@ -58,6 +58,10 @@ def training_arguments(
     # The settings decide, not what a launcher has left in the environment.
     names = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
     arguments.mixed_precision = names[settings.precision]
+    if arguments.n_gpu > 1:
+        # Trainer would spread each batch over all GPUs by torch's DataParallel, which autocasts
+        # nothing and gives other sums. Several GPUs are several processes here.
+        arguments._n_gpu = 1
     return arguments
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stockpot.averaging.weights.names import aliases
+from stockpot.processes import meeting_place
 
 __all__ = ["Box", "Piece", "Region", "Span", "Weights"]
 
@@ -117,9 +118,7 @@ class Weights:
 
         if not (self.distributed and dist.is_available() and dist.is_initialized()):
             return list(values)
-        on_cuda = "nccl" in str(dist.get_backend()) and torch.cuda.is_available()
-        device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else "cpu"
-        sums = torch.tensor(list(values), dtype=torch.float64, device=device)
+        sums = torch.tensor(list(values), dtype=torch.float64, device=meeting_place())
         dist.all_reduce(sums)
         return [float(value) for value in sums]
 
