@@ -24,17 +24,19 @@ import yaml
 from pydantic import PrivateAttr
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from stockpot.methods import METHODS, Memory, Method, TaskRun
 from stockpot.models.learner import ImageLearner, Learner
 from stockpot.processes import ALONE, Processes, processes
 from stockpot.streams.data import ImageData, Task, TaskData
-from stockpot.training import TrainingSettings
-from stockpot.training.trainer import Trained, Watch, train_task
+from stockpot.training import TrainingSettings, losses
+from stockpot.training.trainer import TaskTrainer, Trained, Watch, train_task
 from support.experiments import SETTINGS
 
 LABELS = 4
 SEED = 11
+WIDE = 50_000
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ class Case:
     """In the last task this row's pixels are not numbers."""
     probe: int | None = None
     """Look at the weights every so many steps."""
+    weigh: bool = False
+    """Whether to look at how much memory is taken meanwhile and afterwards."""
+    as_on_a_gpu: bool = False
+    """Look at the loss as on a GPU, where each process does so by its own clock."""
 
 
 @dataclass
@@ -68,9 +74,27 @@ class Outcome:
     probed: list[float]
     """A sum over all weights, each time they were looked at."""
     error: str = ""
+    held: int = 0
+    """Bytes of tensors after a step of the last task, less those before its training."""
+    left: int = 0
+    """The same after its training."""
 
 
 # What is trained.
+
+
+def tensor_bytes() -> int:
+    """Of all tensors that this process holds."""
+    gc.unfreeze()  # what was frozen is not found
+    sizes: dict[int, int] = {}
+    for found in gc.get_objects():
+        if issubclass(type(found), Tensor):
+            local = found.to_local() if isinstance(found, DTensor) else found
+            for tensor in (local, local.grad if local.is_leaf else None):
+                if tensor is not None:
+                    storage = tensor.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())
 
 
 def images(examples: int, seed: int) -> ImageData:
@@ -116,6 +140,9 @@ def learner_of(model: str) -> Learner:
         return ImageLearner(nn.Sequential(nn.Flatten(), *layers))
     if model == "odd":
         return ImageLearner(Odd())
+    if model == "wide":
+        wide = nn.Linear(9, WIDE), nn.Linear(WIDE, LABELS)
+        return ImageLearner(nn.Sequential(nn.Flatten(), *wide))
     if model == "batchnorm":
         layers = nn.Linear(9, 7), nn.BatchNorm1d(7), nn.Linear(7, LABELS)
         return ImageLearner(nn.Sequential(nn.Flatten(), *layers))
@@ -151,7 +178,7 @@ def _language_learner(model: str) -> Learner:
 
 def tasks_of(case: Case) -> list[Task]:
     """The stream."""
-    make = images if case.model in ("mlp", "odd", "batchnorm") else texts
+    make = images if case.model in ("mlp", "odd", "wide", "batchnorm") else texts
     tasks = []
     for number in range(case.stages):
         data = make(case.examples, 100 + number)
@@ -209,11 +236,12 @@ def train(case: Case, folder: Path, alone: Processes = ALONE) -> Outcome:
             learner=learner,
             start=start,
             previous=previous,
-            memory=Memory(folder / f"{case.name}-memory", stage, writes=alone.main),
+            memory=Memory(folder / f"{case.name}-memory", stage, alone),
             seed=SEED + stage,
             total_steps=using.steps_for(case.examples),
             device=torch.device("cpu"),
             processes=alone,
+            in_parts=alone.several and using.parallel != "ddp",
         )
         torch.manual_seed(run.seed)
         method.start_task(run)
@@ -228,17 +256,30 @@ def train(case: Case, folder: Path, alone: Processes = ALONE) -> Outcome:
             to.append(sum(float(weight.double().sum()) for weight in weights))
             assert all(type(p) is nn.Parameter for p in run.model.parameters())
 
+        held: list[int] = []
+
+        def weigh(step: int, loss: float | None, to: list[int] = held) -> None:
+            if case.weigh:
+                to.append(tensor_bytes())
+
         data = method.training_data(run)
         scratch = folder / f"{case.name}-scratch-{stage}"
         watch = Watch(probe, every=case.probe)
-        trained: Trained = train_task(trains, run, data, using, scratch, watch=watch)
+        before, on_step = tensor_bytes() if case.weigh else 0, weigh
+        if case.as_on_a_gpu:
+            # Class attributes with a setter win over what an instance is given.
+            TaskTrainer._on_cpu = property(lambda it: False, lambda it, value: None)  # type: ignore
+            losses._GLIMPSE_SECONDS = 1e6 * alone.rank
+        trained: Trained = train_task(trains, run, data, using, scratch, on_step, watch=watch)
+        left = tensor_bytes() - before if case.weigh else 0
         assert run.learner is learner
         assert all(type(p) is nn.Parameter for p in run.model.parameters())
         method.end_task(run)
         previous = run.weights()
         run.load(previous)
         alone.wait()
-    return Outcome(previous, trained.losses, run.merges, probed)
+    growth = max(held) - before if held else 0
+    return Outcome(previous, trained.losses, run.merges, probed, held=growth, left=left)
 
 
 # Processes.
@@ -279,7 +320,7 @@ def _read(folder: Path, name: str) -> Outcome | None:
         held = json.loads(file.read_text())
         weights = load_file(file.with_suffix(".safetensors")) if not held["error"] else {}
         losses = [(int(step), float(loss)) for step, loss in held.pop("losses")]
-        outcomes.append(Outcome(weights, losses, held["merges"], held["probed"], held["error"]))
+        outcomes.append(Outcome(weights, losses, **held))
     for outcome in outcomes:
         for merge in outcome.merges:
             del merge["seconds"]
@@ -292,7 +333,7 @@ def _read(folder: Path, name: str) -> Outcome | None:
 
 def replace_weights(outcome: Outcome) -> Outcome:
     """All but the weights, to be compared."""
-    return replace(outcome, weights={})
+    return replace(outcome, weights={}, held=0, left=0)
 
 
 def main() -> None:
@@ -309,7 +350,7 @@ def main() -> None:
         except Exception as error:  # to be looked at by the test
             traceback.print_exc()
             outcome.error = f"{type(error).__name__}: {error}"
-        held = asdict(replace_weights(outcome))
+        held = asdict(replace(outcome, weights={}))
         del held["weights"]
         stem = folder / f"{case.name}.{mine.rank}"
         if outcome.weights:

@@ -86,7 +86,17 @@ WHERE_IT_STOPS = 4
 RESUMED = Case("from one process", "ewc", settings=CHECKPOINTED)
 RESUMED_DDP = Case("from ddp", "sfa", settings=CHECKPOINTED)
 STOPPED = Case("stopped", "ewc", settings=CHECKPOINTED, stop_at=WHERE_IT_STOPS)
-REFUSED = [Case("not a number", poison=4), Case("statistics", model="batchnorm")]
+WEIGHED = Case(
+    "weighed",
+    model="wide",
+    settings={"optimizer": "sgd", "momentum": 0.9, "checkpoint_seconds": 0},
+    weigh=True,
+)
+REFUSED = [
+    Case("not a number", poison=4),
+    Case("statistics", model="batchnorm"),
+    Case("not a number, seen late", poison=4, as_on_a_gpu=True),  # all that follow would see so
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -137,7 +147,7 @@ class Group:
         self.place, self.folder = place, place / mode
         shutil.copytree(killed, self.folder / f"{RESUMED_DDP.name}-scratch-1")
         shutil.copytree(stopped_alone, self.folder / f"{RESUMED.name}-scratch-1")
-        cases = [*CASES, *BY_HAND, RESUMED, RESUMED_DDP, STOPPED, *REFUSED]
+        cases = [*CASES, *BY_HAND, RESUMED, RESUMED_DDP, STOPPED, WEIGHED, *REFUSED]
         with_mode = [replace(c, settings={**c.settings, "parallel": mode}) for c in cases]
         self.outcomes = train_in_processes(with_mode, self.folder)
 
@@ -242,6 +252,24 @@ def test_a_loss_that_is_no_number_stops_all_processes_at_its_step(group: Group) 
         train(REFUSED[0], group.folder / "alone")
     # Read of both processes: they say the same.
     assert group.outcomes["not a number"].error == f"NonFiniteError: {alone.value}"
+
+
+def test_processes_that_look_at_their_loss_at_other_times_stop_at_the_same_step(
+    group: Group,
+) -> None:
+    error = group.outcomes["not a number, seen late"].error  # which is that of all processes
+    assert error.startswith("NonFiniteError")
+    assert "the loss is nan at step" in error
+
+
+def test_shares_are_all_that_is_held_between_scores_and_nothing_stays(group: Group) -> None:
+    model = 4 * sum(w.numel() for w in group.outcomes["weighed"].weights.values())
+    outcome = group.outcomes["weighed"]
+    # Whole weights and momentum, what a step leaves of gradients; or half of each. DeepSpeed has
+    # buffers for gradients, and whole weights at stage 2.
+    most = {"ddp": 1.1, "fsdp2": 0.1, "zero2": 3.1, "zero3": 2.6}
+    assert outcome.held < most[group.folder.name] * model
+    assert abs(outcome.left) < 0.05 * model
 
 
 def test_statistics_of_a_batch_are_refused(group: Group) -> None:

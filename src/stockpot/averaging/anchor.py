@@ -35,9 +35,14 @@ class Anchor(Mapping[str, Tensor]):
     from a sharded model holds this process's part of each (``local``).
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], *, local: bool = False) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], *, local: bool = False, borrowed: bool = False
+    ) -> None:
         self._tensors = tensors
         self.local = local
+        self.borrowed = borrowed
+        """Whether somebody else keeps the tensors, whole, as long as they are needed: what is in
+        host memory, or in a file mapped to it, is then read there and not copied."""
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -213,6 +218,8 @@ class Anchor(Mapping[str, Tensor]):
             _check_finite(name, part, piece.values.dtype)
             if store == "cpu":
                 kept[name] = part if part.device.type == "cpu" else part.cpu()
+                if self.borrowed and part.device.type == "cpu":
+                    continue
                 if self.on_disk or piece.region is not None:
                     kept[name] = kept[name].clone()  # not a view of the file or of the whole
                 if piece.values.is_cuda:

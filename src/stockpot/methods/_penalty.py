@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from stockpot.averaging.weights import Piece
 
-__all__ = ["Penalty", "Term", "cut", "inner", "make_terms"]
+__all__ = ["Penalty", "Term", "inner", "make_terms", "part_of"]
 
 
 class Penalty(Method):
@@ -45,13 +45,15 @@ class Penalty(Method):
         from stockpot.averaging.weights import trainable_weights
 
         super().start_task(run)
-        self._terms = make_terms(trainable_weights(run.model)) if run.stage else []
+        pulls = run.stage and not run.in_parts
+        self._terms = make_terms(trainable_weights(run.model)) if pulls else []
 
     def take_parts(self, run: TaskRun, parts: Parts) -> None:
         """The penalty's sums go over parts: each process pulls on its own."""
-        whole = {term.name: term.anchor for term in self._terms}
-        pieces = {name: p for name, p in parts.pieces().items() if name in whole}
-        anchors = cut(whole, pieces)
+        if not run.stage:
+            return
+        pieces = parts.pieces()
+        anchors = {n: part_of(run.previous[n], piece) for n, piece in pieces.items()}
         weights = {name: _PartOfWeight(parts, piece) for name, piece in pieces.items()}
         values = {name: piece.values for name, piece in pieces.items()}
         self._terms = _terms(weights, values, anchors)
@@ -103,12 +105,13 @@ def make_terms(weights: Mapping[str, Any]) -> list[Term]:
     return _terms(weights, {name: w.detach() for name, w in weights.items()}, anchors)
 
 
-def cut(whole: Mapping[str, Any], pieces: Mapping[str, Piece]) -> dict[str, Any]:
-    """Of whole tensors what a process has of the weights of the same names."""
+def part_of(whole: Tensor, piece: Piece) -> Tensor:
+    """A copy of what a process has of a tensor as it has of a weight, beside that."""
+    from stockpot.arithmetic import wide
     from stockpot.averaging.anchor import Anchor
 
-    given = Anchor(whole)
-    return {name: given.part(piece).clone().contiguous() for name, piece in pieces.items()}
+    part = Anchor({piece.name: whole}).part(piece)
+    return wide(part.to(piece.values.device)).clone().contiguous()
 
 
 class _PartOfWeight:

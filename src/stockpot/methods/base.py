@@ -45,15 +45,15 @@ class Memory:
     that was killed in its last moment and is done again finds what it found the first time.
     """
 
-    def __init__(self, folder: Path, stage: int, writes: bool = True) -> None:
+    def __init__(self, folder: Path, stage: int, processes: Processes = ALONE) -> None:
         self.folder = folder
         self.stage = stage
-        self.writes = writes
-        """False in all processes of a run but the main one: they keep the same, and read it."""
+        self.processes = processes
+        """Those that share the run: the main one writes, and says what all of them read."""
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep ``tensors`` under ``name`` for later stages."""
-        if not self.writes:
+        if not self.processes.main:
             return
         from stockpot.files import write_tensors
 
@@ -62,21 +62,30 @@ class Memory:
 
     def load_all(self, name: str) -> list[dict[str, Tensor]]:
         """Everything kept under ``name`` by earlier stages, oldest first."""
-        from stockpot.files import read_tensors
-
-        return [read_tensors(path) for path in self._files(name)]
+        files = self.processes.from_main(lambda: [path.name for path in self._files(name)])
+        return [self._read(file) for file in files]
 
     def load(self, name: str) -> dict[str, Tensor] | None:
         """What the latest earlier stage kept under ``name``, or None."""
-        from stockpot.files import read_tensors
-
-        files = self._files(name)
-        return read_tensors(files[-1]) if files else None
+        files = self.processes.from_main(lambda: [path.name for path in self._files(name)])
+        return self._read(files[-1]) if files else None
 
     def drop_superseded(self, name: str) -> None:
         """Delete what earlier stages kept under ``name`` except the latest that is still needed."""
-        for path in self._files(name)[:-1] if self.writes else ():
+        for path in self._files(name)[:-1] if self.processes.main else ():
             path.unlink()
+
+    def _read(self, file: str) -> dict[str, Tensor]:
+        from stockpot.errors import StockpotError
+        from stockpot.files import await_file, read_tensors
+
+        path = self.folder / file
+        if await_file(lambda: path if path.exists() else None, self.folder) is None:
+            raise StockpotError(
+                f"process {self.processes.rank} does not see {path}, which the main process has: "
+                "all processes of a run must see the same run folder"
+            )
+        return read_tensors(path)
 
     def _files(self, name: str) -> list[Path]:
         files = sorted(self.folder.glob(f"{name}-[0-9][0-9][0-9][0-9].safetensors"))
@@ -127,6 +136,8 @@ class TaskRun:
     """Scores that were taken while this stage trained."""
     processes: Processes = ALONE
     """Those that share this run; all of them do the same, unless a method splits its work."""
+    in_parts: bool = False
+    """Whether each process is going to hold parts of the weights, which ``take_parts`` is told."""
     extra_examples: int = 0
     """Forward and backward passes on single examples beside training (Fisher values)."""
 
@@ -221,7 +232,8 @@ class Method(BaseModel):
     def take_parts(self, run: TaskRun, parts: Parts) -> None:
         """Go on with this process's parts of the weights (``training.parallel``: fsdp2, zero2/3).
 
-        Called after ``start_task``, which had the whole weights, and before the first step.
+        Called after ``start_task``, which had the whole weights (and where ``run.in_parts`` says
+        so need not prepare what only steps need), and before the first step.
         ``before_step`` then adds to :meth:`Parts.gradient` and returns this process's part of the
         penalty. A method that has ``before_step`` or ``after_step`` and does not say here what
         they do to parts trains with ``training.parallel: ddp`` alone.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
-from stockpot.methods._penalty import Penalty, cut, inner
+from stockpot.methods._penalty import Penalty, inner, part_of
 from stockpot.methods.base import Parts, Stored, TaskRun
 
 if TYPE_CHECKING:
@@ -44,27 +44,28 @@ class EWC(Penalty):
     def start_task(self, run: TaskRun) -> None:
         """Load the sum of all past tasks' penalties, itself one quadratic form."""
         super().start_task(run)
-        past = run.memory.load("ewc")
         self._precision = []
-        if past is not None:
-            for term in self._terms:
-                term.anchor.copy_(past[f"centre.{term.name}"])
-                precision = past[f"precision.{term.name}"].to(term.anchor)
-                self._precision.append(self.strength * precision)
-            self._offset = (self.strength * past["offset"]).to(self._terms[0].anchor)
+        if not run.in_parts:
+            self._take(run.memory.load("ewc"), lambda name, whole: whole)
 
     def take_parts(self, run: TaskRun, parts: Parts) -> None:
         """The penalty's sum goes over parts; what it is at least belongs to one process."""
-        if not self._precision:
-            return
-        whole = {
-            term.name: precision
-            for term, precision in zip(self._terms, self._precision, strict=True)
-        }
         super().take_parts(run, parts)
-        precision = cut(whole, {n: p for n, p in parts.pieces().items() if n in whole})
-        self._precision = [precision[term.name] for term in self._terms]
+        pieces = parts.pieces()
+        self._take(run.memory.load("ewc"), lambda name, whole: part_of(whole, pieces[name]))
         self._offset = self._offset if run.processes.main else 0.0
+
+    def _take(
+        self, past: Mapping[str, Tensor] | None, cut: Callable[[str, Tensor], Tensor]
+    ) -> None:
+        """Pull towards the past tasks' centre: with each weight, or each part ``cut`` from it."""
+        if past is None:
+            return
+        for term in self._terms:
+            term.anchor.copy_(cut(term.name, past[f"centre.{term.name}"]))
+            precision = cut(term.name, past[f"precision.{term.name}"]).to(term.anchor)
+            self._precision.append(self.strength * precision)
+        self._offset = (self.strength * past["offset"]).to(self._terms[0].anchor)
 
     def before_step(self, run: TaskRun) -> Tensor | None:
         """Add ``strength * F * (theta - centre)`` to the gradient."""

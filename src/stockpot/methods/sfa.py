@@ -63,22 +63,22 @@ class SFA(Method):
         """Go on from the previous task's weights, which become the anchor."""
         super().start_task(run)
         self._averager = None
-        if run.stage or self.protect_base:
-            # Several processes of a machine map one file of the anchor; merges are few.
-            self._attach(run, "cpu" if run.processes.several else run.device)
+        if not run.in_parts:
+            self._attach(run)
 
     def take_parts(self, run: TaskRun, parts: Parts) -> None:
-        """Keep of the anchor what this process has of the weights, and average it alone."""
-        if self._averager is not None:
-            self._averager.detach()
-            self._attach(run, "cpu", parts.optimizer)
+        """Average, of the weights, what this process has of them."""
+        self._attach(run, parts.optimizer)
 
-    def _attach(self, run: TaskRun, place: Any, optimizer: object | None = None) -> None:
+    def _attach(self, run: TaskRun, optimizer: object | None = None) -> None:
         from stockpot import averaging
 
+        if not (run.stage or self.protect_base):
+            return
         # Fresh adapters change nothing: the anchor is the base that they stand on.
         held = {} if run.learner.adapted else run.previous
-        anchor = averaging.Anchor({name: w.to(place) for name, w in held.items()})
+        # It stays where it is, in host memory or in a file that processes share: merges are few.
+        anchor = averaging.Anchor(held, borrowed=True)
         p, every = self.p, self.every
         if self.earlier_p is not None and not run.last:
             p, every = self.earlier_p, None

@@ -145,7 +145,7 @@ def _train_alone(
     try:
         trainer.train(resume_from_checkpoint=trainer.usable_checkpoint())
     finally:
-        trainer.release_model()
+        trainer.let_go()
     check_finite(run.model, where)
     shutil.rmtree(scratch, ignore_errors=True)
     log = trainer.log_of_losses
@@ -287,11 +287,12 @@ class TaskTrainer(Trainer):
         every = self.watch.every
         if every and (step % every == 0 or step == self.run.total_steps):
             self.probe(step, "step")
-        loss = closed = self.log_of_losses.close_window(step)
-        if loss is None:
-            loss = self.log_of_losses.glimpse(step)
-        if loss is not None and not math.isfinite(loss):
-            self.refuse_loss(step, loss)
+        closed = self.log_of_losses.close_window(step)
+        loss = self.log_of_losses.glimpse(step) if closed is None else closed
+        # Processes glimpse by their own clocks, and must stop at the same step.
+        seen = closed if self.run.processes.several else loss
+        if seen is not None and not math.isfinite(seen):
+            self.refuse_loss(step, seen)
         self.on_step(step, loss)
         if closed is not None:
             begin = time.perf_counter()
@@ -314,6 +315,15 @@ class TaskTrainer(Trainer):
             own.pop(name, None)
         own.update(self._own_forward)
 
+    def let_go(self) -> None:
+        """Leave the model alone, and free what would otherwise lie about while it is scored."""
+        self.release_model()
+        if self.optimizer is not None:
+            self.optimizer.state.clear()  # the moments: as large as the model twice over
+        self.callback_handler.callbacks.clear()  # the trainer and its hooks hold each other
+        if not self._on_cpu:
+            torch.cuda.empty_cache()
+
     # What a small model would pay at every step for numbers that nobody reads.
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -331,7 +341,11 @@ class TaskTrainer(Trainer):
     ) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / "model.safetensors", copy_weights(self.run.model))
+        write_tensors(folder / "model.safetensors", self.weights_to_save())
+
+    def weights_to_save(self) -> dict[str, Tensor]:
+        """All weights, in host memory."""
+        return copy_weights(self.run.model)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights = read_tensors(Path(resume_from_checkpoint) / "model.safetensors")

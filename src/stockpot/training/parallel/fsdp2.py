@@ -34,9 +34,9 @@ class Fsdp2(Sharded):
         self._root: Any = fully_shard(self.module, mesh=mesh)
         self.called = self.module
         trained = [p for p in self.module.parameters() if p.requires_grad]
-        self.inner = self.optimizer = make_optimizer(trained, self.settings)
-        if self.settings.optimizer == "sgd":  # its fused kernel does not take sharded weights
-            self.optimizer.param_groups[0]["fused"] = False
+        # SGD's fused kernel does not take sharded weights.
+        fused = self.settings.optimizer != "sgd"
+        self.inner = self.optimizer = make_optimizer(trained, self.settings, fused)
         for buffer in self.module.buffers():
             buffer.data = buffer.data.to(self.run.device)
 

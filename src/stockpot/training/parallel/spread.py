@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stockpot.averaging.anchor import Anchor
 from stockpot.averaging.weights import Piece, Span, find_weights
 from stockpot.methods.base import Method, TaskRun
-from stockpot.models.learner import Learner, load_weights_
+from stockpot.models.learner import Learner, copy_weights, load_weights_, named_weights
 from stockpot.training.arguments import make_optimizer
 from stockpot.training.settings import TrainingSettings
 
@@ -57,6 +57,10 @@ class Spread(ABC):
     def gathered(self) -> Iterator[None]:
         """Meanwhile ``run.model`` is the ordinary module, with the weights as they are now."""
         yield
+
+    @abstractmethod
+    def weights(self) -> dict[str, Tensor] | None:
+        """All weights, in the main process's host memory; None in the others."""
 
     @abstractmethod
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -106,6 +110,10 @@ class Ddp(Spread):
         with contextlib.nullcontext() if last else self._ddp.no_sync():
             yield
 
+    def weights(self) -> dict[str, Tensor] | None:
+        """The main process's: all have the same."""
+        return copy_weights(self.module) if self._main else None
+
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """The same in every process."""
         load_weights_(self.module, weights)
@@ -123,10 +131,11 @@ class Ddp(Spread):
 
 
 class Sharded(Spread):
-    """Each process holds parts of a twin of the model; the model itself waits in host memory.
+    """Each process holds parts of a twin of the model, which takes its trainable weights along.
 
-    A way of sharding says what its pieces are (``find_weights``) and where their gradients and the
-    optimizer's state are; from these follows the rest.
+    The model itself has none until they are gathered in it: between scores a process holds its
+    parts and nothing more. A way of sharding says what its pieces are (``find_weights``) and where
+    their gradients and the optimizer's state are; from these follows the rest.
     """
 
     whole = False
@@ -136,11 +145,18 @@ class Sharded(Spread):
     def __init__(self, method: Method, run: TaskRun, settings: TrainingSettings) -> None:
         self.run, self.settings = run, settings
         self._ordinary: Learner = run.learner
-        run.model.to("cpu")
-        self.module = copy.deepcopy(run.model)
-        self._shard()
-        run.learner = _with_module(run.learner, self.module)
-        method.take_parts(run, _Parts(self))
+        self._shapes = {p: p.shape for p in run.model.parameters() if p.requires_grad}
+        twins: dict[int, Any] = {id(p): nn.Parameter(p.data) for p in self._shapes}
+        self.module = copy.deepcopy(run.model, twins)
+        twins.clear()
+        self._release()
+        try:
+            self._shard()
+            run.learner = _with_module(run.learner, self.module)
+            method.take_parts(run, _Parts(self))
+        except BaseException:
+            self._give_back(trained=False)
+            raise
 
     @abstractmethod
     def _shard(self) -> None:
@@ -162,7 +178,22 @@ class Sharded(Spread):
         """This process's parts of the trainable weights."""
         return find_weights(self.module, self.inner).pieces()
 
+    def _release(self) -> None:
+        """Leave the model without its trainable weights, and what is frozen in host memory."""
+        for parameter in self._shapes:
+            parameter.data = parameter.data.new_empty(0)
+        self._ordinary.module.to("cpu")
+
+    def _refill(self, device: torch.device) -> None:
+        """Give the model room for its weights: numbers to be written, none to be read."""
+        for parameter, shape in self._shapes.items():
+            if parameter.shape != shape:
+                room = torch.full(shape, torch.nan, dtype=parameter.dtype, device=device)
+                parameter.data = room
+        self._ordinary.module.to(device)
+
     def _gather(self) -> None:
+        self._refill(self.run.device)
         own = self._ordinary.module
         parameters = dict(own.named_parameters())
         with torch.no_grad():
@@ -177,28 +208,35 @@ class Sharded(Spread):
         """Meanwhile ``run.model`` is the ordinary module, with the weights as they are now."""
         self._gather()
         twin, self.run.learner = self.run.learner, self._ordinary
-        self.run.model.to(self.run.device)
-        yield
-        self.run.model.to("cpu")
-        self.run.learner = twin
+        try:
+            yield
+        finally:
+            self.run.learner = twin
+            self._release()
 
+    def weights(self) -> dict[str, Tensor] | None:
+        """Put together one after the other, so that no process has more than one whole."""
+        main = self.run.processes.main
+        whole: dict[str, Tensor] = dict(self.module.named_buffers())
+        for name, piece in self.pieces().items():
+            tensor = _assembled(piece.values, piece)
+            if main:
+                whole[name] = tensor.to("cpu", copy=True)
+        own = named_weights(self._ordinary.module)  # what is frozen is there
+        return {n: whole.get(n, w).detach().cpu() for n, w in own.items()} if main else None
+
+    @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Each process takes its parts."""
-        load_weights_(self._ordinary.module, weights)
-        self._write_parts()
-
-    def _write_parts(self) -> None:
-        """Give the pieces the ordinary module's weights."""
-        whole = Anchor({n: p.detach() for n, p in self._ordinary.module.named_parameters()})
+        whole = Anchor(weights)
         writer = find_weights(self.module, self.inner)
         pieces = writer.pieces()
-        with torch.no_grad():
-            for piece in pieces.values():
-                piece.values.copy_(whole.part(piece))
-            writer.publish(pieces)
-            buffers = dict(self.module.named_buffers())
-            for name, buffer in self._ordinary.module.named_buffers():
-                buffers[name].copy_(buffer)
+        for piece in pieces.values():
+            piece.values.copy_(whole.part(piece))
+        writer.publish(pieces)
+        for name, buffer in self.module.named_buffers():
+            if name in weights:
+                buffer.copy_(weights[name])
 
     def optimizer_state(self) -> dict[str, Any] | None:
         """Put together from all processes, in the main one's host memory."""
@@ -237,10 +275,18 @@ class Sharded(Spread):
 
     def end(self, trained: bool) -> None:
         """The ordinary module takes the weights, and its place on the device."""
+        self._forget_moments()  # where the whole model is to go, there may be no room for both
+        self._give_back(trained)
+
+    def _forget_moments(self) -> None:
+        self.optimizer.state.clear()
+
+    def _give_back(self, trained: bool) -> None:
         if trained:
             self._gather()
+        else:
+            self._refill(self.run.device)
         self.run.learner = self._ordinary
-        self.run.model.to(self.run.device)
 
 
 class _Parts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import random
 import shutil
 import warnings
@@ -20,6 +21,7 @@ from transformers.trainer_pt_utils import safe_globals
 from stockpot.files import read_tensors
 from stockpot.methods.base import Method, TaskRun
 from stockpot.models.learner import check_finite
+from stockpot.processes import meeting_place
 from stockpot.streams.data import TaskData
 from stockpot.training.costs import PeakMemory
 from stockpot.training.parallel import check_parallel
@@ -57,18 +59,20 @@ def train_shared(
         torch.set_num_threads(threads)  # accelerate has its own idea of how many
         trainer.draw_own_numbers()
         trainer.train(resume_from_checkpoint=trainer.usable_checkpoint())
-        trainer.release_model()
+        trainer.let_go()
         trained = True
     finally:
         spread.end(trained)
+    seconds, losses = trainer.elapsed(), trainer.log_of_losses.points
+    del trainer, spread
+    gc.collect()  # hooks of sharded modules, and an engine's, hold them
     check_finite(run.model, where)
     _draw_alike(run)
-    log = trainer.log_of_losses
     peak = max(processes.gather(memory.stop()))
 
     def finish() -> Trained:
         shutil.rmtree(scratch, ignore_errors=True)
-        return Trained(run.total_steps, trainer.elapsed(), peak, log.points)
+        return Trained(run.total_steps, seconds, peak, losses)
 
     run.merges[:] = processes.from_main(lambda: run.merges)
     run.curve[:] = processes.from_main(lambda: run.curve)
@@ -118,6 +122,7 @@ class SharedTrainer(TaskTrainer):
         self._loss = torch.zeros((), device=run.device)
         self._save_after_step = False
         self._optimizer_state: dict[str, Any] | None = None
+        self._weights: dict[str, Tensor] | None = None
         shares: Any = Shares(data, self.processes)
         super().__init__(method, run, shares, settings, scratch, on_step, where, watch)
         # Trainer's own way for models that were sharded before it saw them: nothing is put around
@@ -153,14 +158,10 @@ class SharedTrainer(TaskTrainer):
         """
         places = sum(self._places(batch) for batch in batch_samples)
         save = self.processes.main and self.time_to_save(self.state.global_step + 1)
-        told = torch.tensor([places, int(save)], device=self._where_numbers_meet())
+        told = torch.tensor([places, int(save)], device=meeting_place())
         dist.all_reduce(told)
         self._save_after_step = bool(told[1])
         return int(told[0])
-
-    def _where_numbers_meet(self) -> torch.device:
-        on_cpu = self._on_cpu or "cpu:" in str(dist.get_backend_config())
-        return torch.device("cpu") if on_cpu else self.run.device
 
     def _places(self, batch: dict[str, Any]) -> int:
         counts = Shares.counts(batch)
@@ -225,11 +226,15 @@ class SharedTrainer(TaskTrainer):
         return None if found is None else self.take_up(*found)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._optimizer_state = self.spread.optimizer_state()
-        with self.spread.gathered():
-            save = functools.partial(super()._save_checkpoint, model, trial)
-            self.processes.from_main(lambda: save() if self.processes.main else None)
-        self._optimizer_state = None
+        self._optimizer_state, self._weights = self.spread.optimizer_state(), self.spread.weights()
+        save = functools.partial(super()._save_checkpoint, model, trial)
+        self.processes.from_main(lambda: save() if self.processes.main else None)
+        self._optimizer_state = self._weights = None
+
+    def weights_to_save(self) -> dict[str, Tensor]:
+        """Put together from all processes."""
+        assert self._weights is not None
+        return self._weights
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         torch.save(self._optimizer_state, Path(output_dir, "optimizer.pt"))

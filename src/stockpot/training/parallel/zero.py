@@ -38,8 +38,15 @@ class Zero(Sharded):
         import deepspeed
 
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # On CPUs it would first compile a faster way to add up what lies in host memory, which
+        # takes minutes and a compiler; a process that is killed meanwhile leaves a lock that all
+        # later ones wait for.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.module.to("cpu")
         trained = [p for p in self.module.parameters() if p.requires_grad]
         base = make_optimizer(trained, self.settings)
+        # DeepSpeed may make a step to fill the optimizer, in which no weight may decay.
+        base.param_groups[0]["weight_decay"] = 0.0
         self.engine: Any = deepspeed.initialize(
             model=self.module,
             optimizer=base,
@@ -54,7 +61,7 @@ class Zero(Sharded):
         for parameter in trained:
             parameter.register_post_accumulate_grad_hook(self._reached.add)
         self.optimizer = _Steps(self, base)
-        self._undo_first_step()
+        self._forget_first_step()
 
     def _config(self, trained: list[torch.nn.Parameter]) -> dict[str, Any]:
         sizes = [parameter.numel() for parameter in trained]
@@ -71,15 +78,16 @@ class Zero(Sharded):
             "steps_per_print": 2**31,
         }
 
-    def _undo_first_step(self) -> None:
-        """DeepSpeed may have made a step to fill the optimizer, in which weights decay."""
+    def _forget_first_step(self) -> None:
+        """Without gradients and decay it has changed no weight, but counted."""
         for state in self._base.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor):
                     value.zero_()
                 elif key == "step":
                     state[key] = 0
-        self._write_parts()
+        for group in self._base.param_groups:
+            group["weight_decay"] = self.settings.weight_decay
 
     def _flats(self) -> list[Tensor]:
         """The flat parts of the true weights."""
@@ -189,10 +197,18 @@ class Zero(Sharded):
                     state[key] = torch.zeros_like(flat.detach())
                 self._part(state[key], at, piece).copy_(value)
 
+    def _forget_moments(self) -> None:
+        self._base.state.clear()
+
     def end(self, trained: bool) -> None:
         """Let go of the engine, too."""
         super().end(trained)
         self.engine.destroy()
+        # Hooks that autograd holds keep DeepSpeed's objects alive for good; not so their tensors.
+        vars(self.inner).clear()
+        for parameter in self.module.parameters():
+            vars(parameter).clear()
+            parameter.data = parameter.data.new_empty(0)
 
 
 class _Steps(torch.optim.Optimizer):
