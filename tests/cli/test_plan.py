@@ -56,6 +56,7 @@ def test_it_says_what_a_dry_run_says(tmp_path):
         (["--time", "1:00:00"], "need --slurm"),
         (["--max-parallel", "2"], "need --slurm"),
         (["--slurm", "--json"], "one of them"),
+        (["--slurm", "--sbatch", "--comment='a"], "--sbatch"),
     ],
 )
 def test_options_that_do_not_go_together(tmp_path, words, said):
@@ -69,7 +70,7 @@ def options_of(job):
 
 
 def test_the_jobs_give_the_record_of_a_local_run_and_go_on_after_a_kill(tmp_path, monkeypatch):
-    folder = tmp_path / 'it\'s $HOME, "quoted"'
+    folder = tmp_path / 'it\'s $HOME, "quoted", 100%job'
     folder.mkdir()
     monkeypatch.chdir(folder)
     path = write_experiment(

@@ -143,6 +143,28 @@ def test_a_killed_worker_loses_nothing(tmp_path, cluster):
     assert the_same(tmp_path / "ray") == the_same(tmp_path / "local")
 
 
+def test_a_worker_without_work_makes_room_for_one_that_waits(tmp_path, cluster, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(on_ray, "_PLACE_SECONDS", 1.0)
+    path = write_experiment(tmp_path, "[sequential]", seeds="[0, 1]")  # nothing in common
+
+    class Other:
+        def there(self):
+            return True
+
+    ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level="error")
+    try:
+        # Half of the cluster is somebody else's, for as long as this takes.
+        other = ray.remote(num_cpus=1)(Other).remote()
+        assert ray.get(other.there.remote(), timeout=60)
+        outcome = run_on_ray(path, tmp_path / "ray")
+    finally:
+        ray.shutdown()
+    assert not outcome.failures
+    assert len(outcome.summary) == 2
+
+
 DRIVER = """
 import sys
 from functools import partial
@@ -233,7 +255,7 @@ def last_event(executor, seconds=60):
 
 
 def test_a_worker_that_does_not_see_the_folder_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(on_ray, "_SEEN_SECONDS", 0.2)
+    monkeypatch.setattr(on_ray, "NETWORK_SECONDS", 0.2)
     folder = tmp_path / "not on the other machines"
     executor = on_ray.make_executor(None, settings_of(folder, tmp_path), ResourceSettings())
     try:

@@ -138,8 +138,8 @@ class Slurm:
         log = job["options"].get("output", "slurm-%A_%a.out")
         if "array" in job["options"]:
             environment |= {"SLURM_ARRAY_JOB_ID": number, "SLURM_ARRAY_TASK_ID": str(task)}
-        for pattern, value in (("%A", number), ("%a", str(task)), ("%j", number)):
-            log = log.replace(pattern, value)
+        meant = {"%A": number, "%a": str(task), "%j": number, "%%": "%"}
+        log = re.sub("%.", lambda found: meant[found[0]], log)
         path = self.queue / f"{number}-{task}.sh"
         path.write_text(job["script"])
         path.chmod(0o755)

@@ -81,7 +81,7 @@ def plan(
 
     given = {"partition": partition, "time": time, "account": account}
     options = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    options += [word for line in sbatch or [] for word in shlex.split(line)]
+    options += [word for line in sbatch or [] for word in _words(line)]
     if not slurm and (options or max_parallel is not None):
         raise ConfigError(
             "--partition, --time, --account, --max-parallel and --sbatch need --slurm"
@@ -100,6 +100,13 @@ def plan(
         typer.echo(_script(checked, stream, programs, command, options, max_parallel), nl=False)
     else:
         print_plan(checked, stream, as_json)
+
+
+def _words(line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ConfigError(f"--sbatch {line}: {error}. Quote it as in a shell") from error
 
 
 def _command(experiment: Path, overrides: list[str], output: Path) -> tuple[str, ...]:

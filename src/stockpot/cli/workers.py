@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Self
 
 from stockpot.errors import ConfigError
+from stockpot.processes import check_one_process
 
 if TYPE_CHECKING:
     from stockpot.experiment import Experiment
@@ -34,6 +35,8 @@ class Workers:
             raise ConfigError(f"--jobs {jobs}: give a number from 1 on, or auto")
         self._jobs = None if jobs == "auto" else int(jobs)
         self._ray = None if on is None else _on_ray(on)
+        if self._ray is not None or self._jobs != 1:
+            check_one_process()
         if self._ray is not None and self._jobs != 1:
             raise ConfigError("--jobs is for this machine; on Ray, resources: says what fits")
         self._nursery = None

@@ -26,6 +26,7 @@ import yaml
 from stockpot import __version__
 from stockpot.errors import ConfigError, StockpotError, first_line
 from stockpot.experiment.jobs import Event, Executor, Job, WorkerSettings
+from stockpot.files import NETWORK_SECONDS, await_file
 
 if TYPE_CHECKING:
     from stockpot.experiment.resources import ResourceSettings
@@ -42,10 +43,10 @@ _TOKEN = secrets.token_hex(32)
 """Keeps other users of this machine out of a cluster of ours; Ray reads it once per process."""
 _NODES_SECONDS = 5.0
 """How long the size of a cluster is taken to be what it was."""
+_PLACE_SECONDS = 30.0
+"""How long a worker waits for its place until others that have nothing to do are let go."""
 _STOP_SECONDS = 10.0
 _CONNECT_SECONDS = 10.0
-_SEEN_SECONDS = 30.0
-"""How long a network folder may take to show on another machine what was made on this one."""
 _LONGEST_TEMPORARY = 30
 """Of a folder's path, for Ray's sockets lie below and a socket's path has at most 107 bytes."""
 _QUIET = {
@@ -243,6 +244,8 @@ class _RayExecutor:
         self._size, self._looked = 0, float("-inf")
         self._idle: list[Any] = []
         self._running: dict[Any, _Running] = {}
+        self._starting: dict[Any, float] = {}
+        """When each worker was asked for of which nothing has been heard."""
         self._submitted = 0
         self._mailbox: Any = None
         self._taking: Any = None
@@ -300,7 +303,7 @@ class _RayExecutor:
         )
 
     def submit(self, job: Job) -> None:
-        """Give a job to a worker that has none, or to a new one."""
+        """Give a job to a worker that has none, or to a new one, which waits for its place."""
         worker = self._idle.pop() if self._idle else self._hire()
         self._submitted += 1
         ref = worker.work.remote(job, self._submitted)
@@ -314,11 +317,29 @@ class _RayExecutor:
             max_restarts=0,
             max_task_retries=0,
         )(_Worker)
-        seen = (self._token, _SEEN_SECONDS)
-        return actor.remote(self._settings, seen, self._mailbox, __version__)
+        seen = (self._token, NETWORK_SECONDS)
+        worker = actor.remote(self._settings, seen, self._mailbox, __version__)
+        self._starting[worker.__ray_ready__.remote()] = time.monotonic()
+        return worker
+
+    def _make_room(self) -> None:
+        """Let idle workers go where others have waited long for a place.
+
+        A cluster that is not ours alone may have less room than its size says.
+        """
+        if not self._idle or not self._starting or self._cluster.own:
+            return
+        begun, _ = self._ray.wait(list(self._starting), num_returns=len(self._starting), timeout=0)
+        for ref in begun:
+            del self._starting[ref]
+        late = time.monotonic() - _PLACE_SECONDS
+        for since in self._starting.values():
+            if self._idle and since < late:
+                self._ray.kill(self._idle.pop())
 
     def events(self, timeout: float) -> Sequence[Event]:
         """What happened since the last call."""
+        self._make_room()
         refs = [self._taking, *self._running]
         ready, _ = self._ray.wait(refs, num_returns=1, timeout=timeout)
         if not ready:
@@ -484,12 +505,9 @@ class _Worker:
 
 def _check_seen(token: Path, seconds: float) -> None:
     """Wait until a file that the scheduler made is seen; network folders may lag behind."""
-    deadline = time.monotonic() + seconds
-    while not token.exists():
-        if time.monotonic() > deadline:
-            raise StockpotError(
-                f"the Ray worker on {socket.gethostname()} does not see the record's folder "
-                f"{token.parent}: all machines of the cluster must see it under the same path. "
-                "Choose a folder on storage that they share with --output, an absolute path"
-            )
-        time.sleep(0.2)
+    if await_file(lambda: token.exists() or None, token.parent, seconds) is None:
+        raise StockpotError(
+            f"the Ray worker on {socket.gethostname()} does not see the record's folder "
+            f"{token.parent}: all machines of the cluster must see it under the same path. "
+            "Choose a folder on storage that they share with --output, an absolute path"
+        )

@@ -134,13 +134,19 @@ def _command(s: Submission, arguments: Sequence[str], processes: int) -> str:
     return " ".join(map(shlex.quote, [s.python, *words]))
 
 
+def _log(s: Submission, pattern: str) -> str:
+    """Where a job's output goes; Slurm fills in what follows a percent sign."""
+    folder = str(s.logs).replace("%", "%%")
+    return shlex.quote(f"--output={folder}/{pattern}.log")
+
+
 def _arrays(
     s: Submission, comment: str, parts: Sequence[Part], dependency: str, more: str
 ) -> list[str]:
     """The submission of an array with a job per part, or of several where there are too many."""
     texts = [f"# {comment}", "submitted="]
     throttle = "" if s.at_a_time is None else f"%{s.at_a_time}"
-    log = shlex.quote(f"--output={s.logs}/%A_%a.log")
+    log = _log(s, "%A_%a")
     for begin in range(0, len(parts), _LONGEST_ARRAY):
         some = parts[begin : begin + _LONGEST_ARRAY]
         runs = " ".join(shlex.quote(run) for run, _ in some)
@@ -161,7 +167,7 @@ submitted=$submitted:${{job%%;*}}"""
 
 
 def _gathering(s: Submission) -> str:
-    log = shlex.quote(f"--output={s.logs}/%j.log")
+    log = _log(s, "%j")
     return f"""# Summary, tables, figures and report, of what is finished if not all is.
 last=$(sbatch --parsable "${{options[@]}}" {log} "--dependency=afterany:$jobs" <<'{_END}'
 #!/bin/bash
