@@ -203,11 +203,13 @@ def between_tasks(shape: Shape, options: argparse.Namespace, rates: Rates) -> It
         yield f"| {what} | {formula} = {gigabytes(n)} GB | {seconds:,.0f} |"
     yield ""
     yield (
-        f"Host memory of a machine with {options.per_node} processes: the whole model in each "
-        f"while shares of it train (4N each) and two mapped files that all share (the anchor and "
-        f"the starting model, 8N): 4N x {options.per_node} + 8N = "
-        f"{gigabytes(options.per_node * n + 2 * n)} GB. Scoring wants the whole model on each GPU: "
-        f"4N = {gigabytes(n)} GB."
+        f"Host memory of a machine with {options.per_node} processes: two mapped files that all of "
+        f"them share and the system may drop (the anchor and the starting model), 8N = "
+        f"{gigabytes(2 * n)} GB, and 4N = {gigabytes(n)} GB in the main process while it writes; "
+        f"for a moment, when the model is read or ZeRO cuts it up, 4N in each process: "
+        f"{gigabytes(options.per_node * n)} GB. Scoring wants the whole model on each GPU: 4N = "
+        f"{gigabytes(n)} GB, when training ends beside the shares: 4N + 4N/G = "
+        f"{gigabytes(n + n / options.gpus)} GB."
     )
 
 

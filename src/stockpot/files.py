@@ -8,10 +8,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stockpot.errors import DamagedRecordError, DiskFullError, StockpotError
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "NETWORK_SECONDS",
+    "await_file",
     "exclusive",
     "link_or_copy",
     "read_json",
@@ -34,6 +37,10 @@ __all__ = [
 ]
 
 
+_T = TypeVar("_T")
+
+NETWORK_SECONDS = 60.0
+"""How long a network file system may keep what another machine has written to itself."""
 _FULL_BYTES = 64 * 1024
 
 
@@ -95,7 +102,7 @@ def _locked(folder: Path, alone: bool) -> Iterator[None]:
         return
     path = folder / ".lock"
     with space_errors(path):
-        file = path.open("a")
+        file = path.open("a+")  # sharing a lock on NFS wants a file that may be read
     with file:
         try:
             fcntl.flock(file, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -105,6 +112,21 @@ def _locked(folder: Path, alone: bool) -> Iterator[None]:
                 "folder with --output"
             ) from error
         yield
+
+
+def await_file(
+    look: Callable[[], _T | None], folder: Path, seconds: float = NETWORK_SECONDS
+) -> _T | None:
+    """What ``look`` finds in ``folder``, as soon as it finds something; None if it never does.
+
+    A network file system may take a while to show here what was written on another machine.
+    """
+    deadline = time.monotonic() + seconds
+    while (found := look()) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            os.listdir(folder)  # so that what was not there before is asked for once more
+    return found
 
 
 def remove_scratch(folder: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from stockpot.files import exclusive
 from support.experiments import SETTINGS, lines, record_of, write_experiment
 from support.launch import launch
 
@@ -105,6 +106,33 @@ def test_killed_and_resumed_by_another_number(
     run(after, path, "-q", "-o", out)
     assert_same_run(out, alone)
     assert len(lines(out / "stages.jsonl")) > finished
+
+
+def test_the_others_delete_nothing_that_a_killed_main_process_has_not_done_with(
+    tmp_path: Path,
+) -> None:
+    path, out = digits(tmp_path, "[sequential]"), tmp_path / "out"
+    words = [0, "stage 1", "run", path, "evaluation.kl=0", "-q", "-o", out]
+    assert launch(2, "support.killed_run", words, {"PYTHONPATH": "tests"}).returncode != 0
+    assert len(lines(out / "stages.jsonl")) == 1
+    run(1, path, "evaluation.kl=0", "-q", "-o", out)
+    run(1, path, "evaluation.kl=0", "-q", "-o", tmp_path / "alone")
+    assert_same_run(out, tmp_path / "alone")
+
+
+def test_a_folder_that_is_in_use_is_refused_once_and_by_all(tmp_path: Path) -> None:
+    path, out = digits(tmp_path, "[sequential]"), tmp_path / "out"
+    out.mkdir()
+    with exclusive(out):
+        done = run(2, path, "-q", "-o", out, ok=False)
+    assert done.stderr.count("another stockpot process is working in") == 1
+    assert "closed by peer" not in done.stderr
+
+
+def test_several_runs_at_a_time_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    done = run(2, digits(tmp_path), "-j", "2", "-o", tmp_path / "out", ok=False)
+    assert done.stderr.count("do not go together") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_accelerate_launch(tmp_path: Path, alone: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 
 from stockpot import errors
@@ -13,12 +12,11 @@ from stockpot.experiment.plan import Plan, Run
 from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
 from stockpot.experiment.scheduler import Scheduler
+from stockpot.files import await_file
 
 __all__ = ["Coordinator"]
 
 _WAIT_SECONDS = 1.0
-_FILES_SECONDS = 30.0
-"""How long a shared file system may take to show here what was written elsewhere."""
 
 
 class Coordinator:
@@ -139,13 +137,13 @@ class Coordinator:
     def _fold(self, run_id: str, expected: int = 0) -> None:
         """Take up the finished stages of a run, waiting for them if there should be more."""
         run = self._runs[run_id]
-        deadline = time.monotonic() + _FILES_SECONDS
-        while True:
+
+        def fold() -> bool | None:
             for line, scores in self._record.fold(run_id):
                 number = line["stage"]
                 self._prefixes.used(run.stages[number].trained)
                 row = Row.of(score for score in scores if score["stage"] == number)
                 self._stage_ends(run, number, line["trained_here"], row)
-            if self._record.finished(run_id) >= expected or time.monotonic() > deadline:
-                return
-            time.sleep(0.1)
+            return self._record.finished(run_id) >= expected or None
+
+        await_file(fold, self._record.journals / run_id)

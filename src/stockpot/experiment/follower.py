@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stockpot.evaluation.score import Score
-    from stockpot.experiment.config import Experiment
 
 __all__ = ["FollowedPrefixes", "Follower"]
 
@@ -31,16 +30,9 @@ class Follower(Record):
         """The main process holds the folder for all."""
         yield
 
-    def open(
-        self,
-        experiment: Experiment,
-        data: str,
-        environment: dict[str, Any],
-        planned: int,
-        skipped: Sequence[str] = (),
-    ) -> None:
-        """Read what the main process has opened."""
-        self.load()
+    def take(self, finished: Mapping[tuple[str, int], dict[str, Any]]) -> None:
+        """What the main process knows of finished stages."""
+        self._stages = dict(finished)
 
     def write_plan(self, plan: dict[str, Any]) -> None:
         """Not here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import shutil
 import time
@@ -29,7 +30,7 @@ from stockpot.experiment.record import Record
 from stockpot.experiment.stages import RunLoop
 from stockpot.experiment.summary import write_summary
 from stockpot.experiment.worker import FATAL
-from stockpot.processes import Processes, processes
+from stockpot.processes import Processes, check_one_process, processes
 from stockpot.streams.data import Stream
 from stockpot.tracking.trackers import check_trackers
 
@@ -94,11 +95,8 @@ def run_experiment(
     _check_same_data(among, plan)
     if executor is None and jobs != 1:
         executor = LocalJobs.of(jobs, experiment.resources, experiment.training.device)
-    if executor is not None and among.several:
-        raise ConfigError(
-            "several runs at a time (--jobs, --on), each shared by several processes (torchrun, "
-            "accelerate launch), do not go together: leave one of them out"
-        )
+    if executor is not None:
+        check_one_process()
     settings = WorkerSettings(
         experiment=experiment.output.resolve() / "experiment.yaml",
         folder=experiment.output.resolve(),
@@ -158,20 +156,15 @@ class _Runner:
         )
 
     def run(self) -> Outcome:
-        with self.record.held():
+        with contextlib.ExitStack() as stack:
+            # Told to all: the others would wait for a main process that may not work here.
+            self.processes.from_main(lambda: stack.enter_context(self.record.held()))
             return self._run_all()
 
     def _run_all(self) -> Outcome:
-        environment = describe_environment(self.experiment.seeds)
-        if self.evaluator.sandbox is not None:
-            environment["isolation of generated programs"] = self.evaluator.sandbox.level
-        environment["notes on the data"] = list(self.stream.notes)
-        environment["processes of a run"] = self.processes.world
-        planned = len(self.plan.runs)
-        with self.processes.main_first():  # the others read what it has opened
-            self.record.open(
-                self.experiment, self.plan.data, environment, planned, self.evaluator.skipped
-            )
+        finished = self.processes.from_main(self._open)
+        if isinstance(self.record, Follower):
+            self.record.take(finished)
         names = tuple(task.name for task in self.stream.tasks)
         self.record.write_plan(describe_plan(self.plan, self.stream))
         # The trainer collects garbage at every task; what is alive now need not be searched.
@@ -203,6 +196,19 @@ class _Runner:
         for folder in (self.record.scratch, self.record.journals):
             shutil.rmtree(folder, ignore_errors=True)
         return Outcome(self.record.folder, summary, failures)
+
+    def _open(self) -> dict[tuple[str, int], dict[str, Any]]:
+        """Open the record; returns what is finished."""
+        environment = describe_environment(self.experiment.seeds)
+        if self.evaluator.sandbox is not None:
+            environment["isolation of generated programs"] = self.evaluator.sandbox.level
+        environment["notes on the data"] = list(self.stream.notes)
+        environment["processes of a run"] = self.processes.world
+        planned = len(self.plan.runs)
+        self.record.open(
+            self.experiment, self.plan.data, environment, planned, self.evaluator.skipped
+        )
+        return self.record.stages()
 
     def _one_after_another(self, runs: Iterable[Run]) -> None:
         for run in runs:

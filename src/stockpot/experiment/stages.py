@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import set_seed
@@ -24,15 +24,17 @@ from stockpot.experiment.plan import Plan, Run, Stage
 from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
 from stockpot.experiment.tracking import StageLines, Tracking
-from stockpot.files import read_tensors, write_tensors
+from stockpot.files import await_file, read_tensors, write_tensors
 from stockpot.methods.base import Memory, Method, TaskRun
 from stockpot.models.learner import Learner, check_finite, check_learner
 from stockpot.streams.data import Stream
 from stockpot.training.costs import resident_memory
-from stockpot.training.parallel import check_parallel
+from stockpot.training.parallel import check_parallel, own_settings
 from stockpot.training.trainer import Trained, Watch, train_task
 
 __all__ = ["RunLoop"]
+
+_T = TypeVar("_T")
 
 TaskScores = tuple[str, list[Score]]
 """A task's name and its scores."""
@@ -97,7 +99,7 @@ class RunLoop:
             if done < len(run.stages):
                 self._start_from(run.seed)
                 method = run.method.model_copy(deep=True)
-                previous = self.record.weights(run.id, done - 1) if done else self.start
+                previous = self._deployed(run, done - 1) if done else self.start
                 for stage in run.stages[done:until]:
                     previous = self._stage(run, method, stage, previous)
             if until is not None and until < len(run.stages):
@@ -105,13 +107,22 @@ class RunLoop:
             self.record.finish_run(run.id, len(run.stages), self.experiment.record.weights)
         self.observer.run_ends(run)
 
+    def _deployed(self, run: Run, number: int) -> dict[str, Tensor]:
+        """The weights that an earlier call has left."""
+        path = self.record.stage_file(run.id, number)
+        found = self._as_main(
+            lambda: self.record.weights(run.id, number) if path.exists() else None, path
+        )
+        return self.record.weights(run.id, number) if found is None else found
+
     def _start_from(self, seed: int) -> None:
         """theta_0 of a seed: fresh weights, or a pre-trained model with a fresh head."""
         if self.start_seed == seed and self.learner is not None:
             return
         set_seed(seed)
         try:
-            self.learner = self.experiment.model.build(self.stream)
+            with own_settings(self.experiment.training, self.processes.world):
+                self.learner = self.experiment.model.build(self.stream)
             self.learner.module.to(self.device)
         except (RuntimeError, MemoryError, OverflowError, TypeError) as error:
             raise ConfigError(
@@ -123,16 +134,20 @@ class RunLoop:
                 method, self.learner.module, self.experiment.training, self.processes.world
             )
         logits = check_learner(self.learner, self.stream, self.device)
-        self.start, self.start_seed = self.learner.weights(), seed
-        # With what they answer: the same weights in another architecture are another start.
-        start = fingerprint({**self.start, "logits of theta_0": logits})
-        self.processes.from_main(lambda: self.record.check_start(seed, start))
-        if self.processes.several:
-            path = self.record.scratch / f"start-{seed}.safetensors"
-            if self.processes.main:
+        path = self.record.scratch / f"start-{seed}.safetensors"
+
+        def keep() -> None:
+            assert self.learner is not None
+            self.start = self.learner.weights()
+            # With what they answer: the same weights in another architecture are another start.
+            answers = fingerprint({**self.start, "logits of theta_0": logits})
+            self.record.check_start(seed, answers)
+            if self.processes.several:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_tensors(path, self.start)
-            self.start = self._for_all(self.start, path)
+
+        self.processes.from_main(keep)
+        self.start, self.start_seed = self._for_all(self.start, path), seed
         self.scored.clear()
 
     def _stage(
@@ -143,11 +158,13 @@ class RunLoop:
         context = self._context(run, stage, previous)
         self.observer.stage_begins(run, stage, context.merges)
         # Scoring may take hours: what a kill meanwhile left trained is not trained again.
-        ready = self.record.ready(run.id, stage.number, stage.deployed)
-        if not self._main_sees(ready is not None, self.record.stage_file(run.id, stage.number)):
+        ready = self._as_main(
+            lambda: self.record.ready(run.id, stage.number, stage.deployed),
+            self.record.stage_file(run.id, stage.number),
+        )
+        if ready is None:
             deployed, about = self._deploy(run, method, stage, context)
         else:
-            assert ready is not None
             deployed, about = ready
             context.load(deployed)
             context.merges[:], context.curve[:] = about["merges"], about["curve"]
@@ -185,8 +202,8 @@ class RunLoop:
         self.record.finish_stage(line, score_lines, merges, curves, between)
         self.tracking.stage_ends(StageLines(line, score_lines, merges, curves))
         self.prefixes.used(stage.trained)
+        self.processes.wait()  # what later stages read is written, and all are done with the last
         self._forget_weights(run, stage)
-        self.processes.wait()  # what later stages read is written
         row = Row.of(line for line in score_lines if line["stage"] == stage.number)
         self.observer.stage_ends(run, stage, about["trained_here"], row)
         return deployed
@@ -199,23 +216,27 @@ class RunLoop:
         if not self.processes.several:
             return weights
         self.processes.wait()
-        self._main_sees(path.exists(), path)
-        return read_tensors(path)
+        found = self._as_main(lambda: read_tensors(path) if path.exists() else None, path)
+        assert found is not None
+        return found
 
-    def _main_sees(self, here: bool, path: Path) -> bool:
-        """Whether the main process finds what this one was looking for.
+    def _as_main(self, look: Callable[[], _T | None], path: Path) -> _T | None:
+        """What the main process finds at ``path``, found by this one too; None if it finds nothing.
 
         Raises:
-            ConfigError: if it finds what is not here: they do not see the same files.
+            ConfigError: if it stays unseen here: they do not see the same files.
         """
-        there = self.processes.from_main(lambda: here)
-        if there and not here:
+        found = look() if self.processes.main else None
+        if not self.processes.from_main(lambda: found is not None) or self.processes.main:
+            return found
+        found = await_file(look, path.parent)
+        if found is None:
             raise ConfigError(
                 f"process {self.processes.rank} does not see {path}, which the main process has. "
                 "All processes of a run must see the same run folder: put it on storage that they "
                 "share (--output)"
             )
-        return there
+        return found
 
     def _deploy(
         self, run: Run, method: Method, stage: Stage, context: TaskRun
@@ -268,23 +289,26 @@ class RunLoop:
             learner=self.learner,
             start=self.start,
             previous=previous,
-            memory=Memory(
-                self.record.run_folder(run.id) / "memory", stage.number, self.processes.main
-            ),
+            memory=Memory(self.record.run_folder(run.id) / "memory", stage.number, self.processes),
             processes=self.processes,
             # The same for all methods: they see the same batches, and runs that agree can share.
             seed=run.seed * 1_000_003 + stage.number,
             total_steps=stage.steps,
             device=self.device,
+            in_parts=self.processes.several and self.experiment.training.parallel != "ddp",
         )
 
     def _train(
         self, run: Run, method: Method, stage: Stage, context: TaskRun
     ) -> tuple[Trained, bool]:
         """Leave the trained weights in the model; also says whether they were trained just now."""
-        held = self.prefixes.has(stage.trained)
-        if self._main_sees(held, self.prefixes.path(stage.trained)):
-            weights, about = self.prefixes.load(stage.trained)
+        key = stage.trained
+        held = self._as_main(
+            lambda: self.prefixes.load(key) if self.prefixes.has(key) else None,
+            self.prefixes.path(key),
+        )
+        if held is not None:
+            weights, about = held
             context.load(weights)
             context.merges[:] = about["merges"]
             context.curve[:] = about["curve"]
@@ -419,5 +443,6 @@ class RunLoop:
         ]
 
     def _forget_weights(self, run: Run, stage: Stage) -> None:
-        if self.experiment.record.weights != "all" and stage.number:
+        keeps = self.experiment.record.weights == "all"
+        if self.processes.main and stage.number and not keeps:
             self.record.stage_file(run.id, stage.number - 1).unlink(missing_ok=True)
