@@ -195,19 +195,28 @@ def cost_table(cost: dict[str, Any]) -> str:
 # What is kept.
 
 
-def measure_accuracy(options: argparse.Namespace) -> dict[str, Any]:
-    """Train what is not trained yet, and read the rows of R in which all tasks are scored."""
+def measure_accuracy(options: argparse.Namespace, earlier: dict[str, Any]) -> dict[str, Any]:
+    """Train what is not trained yet, and read the rows of R in which all tasks are scored.
+
+    Seeds that were measured ``earlier``, and are not asked for now, are kept.
+    """
     from stockpot.experiment.runner import run_experiment
 
     described = experiment(options.tasks, options.examples, {"every_tasks": TEN})
     described |= {"name": "long stream", "methods": ACCURACY_METHODS, "seeds": options.seeds}
     if not options.read_only:
         with tempfile.TemporaryDirectory() as folder:
-            outcome = run_experiment(load(Path(folder), described, options.runs))
+            loaded = load(Path(folder), described, options.runs)
+            outcome = run_experiment(loaded, jobs=options.jobs)
         for run, why in outcome.failures.items():
             print(f"{run} failed: {why}", file=sys.stderr)
     summary = json.loads((options.runs / "summary.json").read_text(encoding="utf-8"))
-    return {"tasks": options.tasks, "examples": options.examples, "runs": kept(summary)}
+    runs = kept(summary)
+    about = {"tasks": options.tasks, "examples": options.examples}
+    if all(earlier.get(key) == value for key, value in about.items()):  # of other seeds
+        runs += [run for run in earlier["runs"] if run["seed"] not in options.seeds]
+        runs.sort(key=lambda run: run["seed"])
+    return {**about, "runs": runs}
 
 
 def kept(summary: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -356,7 +365,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=200)
     parser.add_argument("--examples", type=int, default=2000, help="training images a task")
     parser.add_argument("--methods", nargs="+", choices=COST_METHODS, default=list(COST_METHODS))
-    parser.add_argument("--jobs", type=int, default=1, help="methods at a time")
+    parser.add_argument("--jobs", type=int, default=1, help="at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/long-stream"))
     parser.add_argument("--read-only", action="store_true", help="of --runs, train nothing")
@@ -375,7 +384,7 @@ def main() -> None:
         results["cost"] = measure_cost(options)
         print(cost_table(results["cost"]))
     if options.part == "accuracy":
-        results["accuracy"] = measure_accuracy(options)
+        results["accuracy"] = measure_accuracy(options, results.get("accuracy", {}))
         print(accuracy_table(results["accuracy"]))
     RESULTS.write_text(json.dumps(results) + "\n", encoding="utf-8")
     write_pages(results)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from stockpot.errors import ConfigError
+from stockpot.errors import ConfigError, NonFiniteError
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +29,7 @@ __all__ = [
     "launched",
     "leave",
     "meeting_place",
+    "met_by_all",
     "processes",
     "said_by_main",
 ]
@@ -218,6 +219,14 @@ def leave() -> None:
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def met_by_all(error: Exception) -> bool:
+    """Whether all processes of a run meet this error, at the same place, and can go on from there.
+
+    Of any other it is not known: those that have not met it would wait for one that has gone on.
+    """
+    return isinstance(error, NonFiniteError) or hasattr(error, "told_by_main")
 
 
 def said_by_main(error: Exception) -> bool:

@@ -30,7 +30,7 @@ from stockpot.experiment.record import Record
 from stockpot.experiment.stages import RunLoop
 from stockpot.experiment.summary import write_summary
 from stockpot.experiment.worker import FATAL
-from stockpot.processes import Processes, check_one_process, processes
+from stockpot.processes import Processes, check_one_process, met_by_all, processes
 from stockpot.streams.data import Stream
 from stockpot.tracking.trackers import check_trackers
 
@@ -217,8 +217,8 @@ class _Runner:
             except FATAL:
                 raise
             except Exception as error:  # a method, a model or a library: the others go on
-                if self.processes.several and not isinstance(error, StockpotError):
-                    raise  # the other processes may not have met it and would wait for this one
+                if self.processes.several and not met_by_all(error):
+                    raise
                 self._run_failed(run, error, self.record.keep_error(run.id, error))
             self._summarise_now_and_then()
 

@@ -31,7 +31,7 @@ from stockpot.experiment.stages import RunLoop
 from stockpot.experiment.summary import write_summary
 from stockpot.experiment.worker import FATAL
 from stockpot.files import exclusive, read_json, shared, write_json
-from stockpot.processes import processes
+from stockpot.processes import met_by_all, processes
 from stockpot.streams.data import Stream
 
 __all__ = ["Parts"]
@@ -149,8 +149,8 @@ class Parts:
         except FATAL:
             raise
         except Exception as error:
-            if self.processes.several and not isinstance(error, StockpotError):
-                raise  # the other processes may not have met it and would wait for this one
+            if self.processes.several and not met_by_all(error):
+                raise
             reason = journal.keep_error(run.id, error) if self.processes.main else str(error)
             observer.run_failed(run, error)
             return reason

@@ -226,8 +226,14 @@ class RunLoop:
         Raises:
             ConfigError: if it stays unseen here: they do not see the same files.
         """
-        found = look() if self.processes.main else None
-        if not self.processes.from_main(lambda: found is not None) or self.processes.main:
+        found: _T | None = None
+
+        def there() -> bool:
+            nonlocal found
+            found = look()
+            return found is not None
+
+        if not self.processes.from_main(there) or self.processes.main:
             return found
         found = await_file(look, path.parent)
         if found is None:
@@ -249,8 +255,9 @@ class RunLoop:
         where = f"run {run.id}, after task {self.stream.tasks[stage.row].name!r}"
         check_finite(context.model, where)
 
-        deployed = context.weights() if self.processes.main else {}
-        same = stage.trained == stage.deployed and self.prefixes.has(stage.trained)
+        main, unchanged = self.processes.main, stage.trained == stage.deployed
+        same = main and unchanged and self.prefixes.has(stage.trained)
+        deployed = context.weights() if main else {}
         digest = self.record.save_weights(
             run.id,
             stage.number,
@@ -258,7 +265,7 @@ class RunLoop:
             same_as=self.prefixes.path(stage.trained) if same else None,
         )
         deployed = self._for_all(deployed, self.record.stage_file(run.id, stage.number))
-        if context.learner.adapted or not self.processes.main:
+        if context.learner.adapted or not main:
             context.load(deployed)  # what is kept is scored: adapters merged in, and rounded
         about = {
             "steps": trained.steps,
