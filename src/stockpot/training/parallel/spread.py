@@ -131,11 +131,11 @@ class Ddp(Spread):
 
 
 class Sharded(Spread):
-    """Each process holds parts of a twin of the model, which takes its trainable weights along.
+    """Each process holds parts of a twin of the model, which takes its weights along.
 
-    The model itself has none until they are gathered in it: between scores a process holds its
-    parts and nothing more. A way of sharding says what its pieces are (``find_weights``) and where
-    their gradients and the optimizer's state are; from these follows the rest.
+    The model itself has none that train until they are gathered in it: between scores a process
+    holds its parts and nothing more. A way of sharding says what its pieces are (``find_weights``)
+    and where their gradients and the optimizer's state are; from these follows the rest.
     """
 
     whole = False
@@ -145,10 +145,14 @@ class Sharded(Spread):
     def __init__(self, method: Method, run: TaskRun, settings: TrainingSettings) -> None:
         self.run, self.settings = run, settings
         self._ordinary: Learner = run.learner
-        self._shapes = {p: p.shape for p in run.model.parameters() if p.requires_grad}
-        twins: dict[int, Any] = {id(p): nn.Parameter(p.data) for p in self._shapes}
-        self.module = copy.deepcopy(run.model, twins)
-        twins.clear()
+        own = list(run.model.parameters())
+        self._shapes = {p: p.shape for p in own if p.requires_grad}
+        # Not copied: the same numbers under another name, of which parts are then made.
+        taken: dict[int, Any] = {
+            id(p): nn.Parameter(p.data, p.requires_grad) for p in own if type(p) is nn.Parameter
+        }
+        self.module = copy.deepcopy(run.model, taken)
+        taken.clear()
         self._release()
         try:
             self._shard()
@@ -215,7 +219,7 @@ class Sharded(Spread):
             self._release()
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Put together one after the other, so that no process has more than one whole."""
+        """Put together tensor by tensor, of which only the main process keeps the last."""
         main = self.run.processes.main
         whole: dict[str, Tensor] = dict(self.module.named_buffers())
         for name, piece in self.pieces().items():
