@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import psutil
@@ -14,7 +15,7 @@ import pytest
 
 from stockpot.errors import ConfigError
 from stockpot.experiment import load_experiment
-from stockpot.experiment.jobs import WorkerSettings
+from stockpot.experiment.jobs import Event, Job, WorkerSettings
 from stockpot.experiment.journal import Journal
 from stockpot.experiment.local import LocalExecutor, LocalJobs, Nursery, how_it_ended
 from stockpot.experiment.observer import Observer
@@ -171,6 +172,8 @@ def make(image_shape, labels):
         counts["fsync"] = 0
         def fsync(file):
             moment("fsync")
+            if "/runs/" in os.path.realpath(f"/proc/self/fd/{file}"):
+                moment("fsync a result")
             real(file)
         os.fsync = fsync
     return Net(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, labels))
@@ -208,6 +211,7 @@ def test_killed_workers_lose_nothing(own_model, tmp_path):
     moments = [("train", n, "SIGKILL") for n in (2, 7, 9, 16)]
     moments += [("score", n, "SIGKILL") for n in (1, 6, 9)]
     moments += [("fsync", n, "SIGKILL") for n in (1, 4, 30, 57, 58, 59, 60, 61, 62)]
+    moments += [("fsync a result", n, "SIGKILL") for n in (1, 2, 3, 4)]
     moments += [("train", 4, "SIGTERM")]
     path = own_model(moments)
     # So many deaths close together may meet one run.
@@ -445,8 +449,6 @@ def test_a_nursery_that_is_killed_is_replaced(alone, tmp_path):
     nursery = Nursery()
     executor = LocalExecutor(settings, 1, nursery)
     try:
-        from stockpot.experiment.jobs import Job
-
         job = Job("multitask-seed0", 1)
         while not executor._loaded:
             executor.events(0.1)
@@ -462,6 +464,38 @@ def test_a_nursery_that_is_killed_is_replaced(alone, tmp_path):
     finally:
         executor.close()
         executor.close()  # may be called twice
+
+
+def test_a_death_of_which_both_tell_at_once(alone, tmp_path):
+    """The worker's broken connection and what the nursery says of it are found in one look."""
+    _, out = alone
+    shutil.copytree(out, tmp_path / "out")
+    settings = WorkerSettings(
+        (tmp_path / "out" / "experiment.yaml").resolve(), (tmp_path / "out").resolve()
+    )
+    nursery = Nursery()
+    executor = LocalExecutor(settings, 1, nursery)
+    told: list[Event] = []
+
+    def look():
+        while not told or told[-1].kind != "died":
+            told.extend(executor.events(1.0))
+
+    try:
+        while not executor._loaded:
+            executor.events(0.1)
+        executor.submit(Job("multitask-seed0", 1))
+        while not (workers := psutil.Process(nursery._process.pid).children()):
+            time.sleep(0.01)
+        workers[0].kill()
+        time.sleep(1)  # the nursery looks for the dead ten times a second
+        looking = threading.Thread(target=look, daemon=True)
+        looking.start()
+        looking.join(20)
+        assert not looking.is_alive()
+        assert "SIGKILL" in told[-1].error
+    finally:
+        executor.close()
 
 
 def test_options(tmp_path, alone):

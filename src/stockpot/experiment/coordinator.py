@@ -12,7 +12,7 @@ from stockpot.experiment.plan import Plan, Run
 from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
 from stockpot.experiment.scheduler import Scheduler
-from stockpot.files import await_file
+from stockpot.files import await_file, remove_scratch
 
 __all__ = ["Coordinator"]
 
@@ -81,6 +81,7 @@ class Coordinator:
             executor.close()
             for run_id in self._begun:  # of workers that were stopped
                 self._fold(run_id)
+            remove_scratch(self._record.runs)  # of workers that were killed
 
     def _submit(self, executor: Executor) -> None:
         while self._jobs < executor.slots and (found := self._scheduler.next()) is not None:

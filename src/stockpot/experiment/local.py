@@ -312,7 +312,8 @@ class LocalExecutor:
         for connection in wait([*hands, *nursery], 0 if told else timeout):
             if connection in hands:
                 told += self._hear(hands[connection])
-            elif self._nursery is not None:
+            elif self._nursery is not None and self._nursery.connection.poll():
+                # Unless a worker's death, which came with it, has taken what it said.
                 told += self._hear_nursery()
         return told
 
