@@ -16,7 +16,7 @@ demo: $(VENV)/.installed  ## install, compare the paper's methods on real digits
 	$(BIN)/stockpot run recipes/digits.yaml
 
 test: $(VENV)/.installed-dev  ## install and run the tests (STOCKPOT_DATA=folder adds those on real data sets)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)  # DeepSpeed builds with ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist worksteal $(PYTEST_ARGS)  # DeepSpeed builds with ninja
 
 test-composer: $(VENV_COMPOSER)/.installed  ## the Composer adapter and averaging, in an environment of its own (5.4 GB)
 	PYTHONPATH=src $(VENV_COMPOSER)/bin/python -m pytest tests/integrations/test_composer.py tests/averaging/test_sfa.py tests/averaging/test_blend.py tests/averaging/test_schedule.py

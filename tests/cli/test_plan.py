@@ -162,6 +162,8 @@ def test_a_run_over_several_gpus_is_started_by_torchrun(tmp_path):
     said = "".join(log.read_text() for log in (tmp_path / "out" / "slurm").iterdir())
     assert slurm.done == {1000: {0: 0}, 1001: {0: 0}}, said
     assert len(json.loads((tmp_path / "out" / "summary.json").read_text())) == 1
+    environment = json.loads((tmp_path / "out" / "environment.json").read_text())
+    assert environment["processes of a run"] == 2
 
 
 def test_many_runs_are_several_arrays(tmp_path):

@@ -27,7 +27,7 @@ from support.experiments import SETTINGS, lines, record_of, run_file, write_expe
 if not os.environ.get("CI"):
     pytest.importorskip("ray")
 
-WORKER = "ray::_Worker"
+WORKER = "ray::RayWorker"
 LONG = ("training.epochs=200",)  # 600 steps a task: long enough to be killed in the middle
 
 

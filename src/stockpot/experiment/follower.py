@@ -34,9 +34,6 @@ class Follower(Record):
         """What the main process knows of finished stages."""
         self._stages = dict(finished)
 
-    def write_plan(self, plan: dict[str, Any]) -> None:
-        """Not here."""
-
     def write_failures(self, failures: Mapping[str, str]) -> None:
         """Not here."""
 

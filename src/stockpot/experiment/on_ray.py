@@ -7,52 +7,34 @@ dies takes nothing of it along. Ray tries nothing again by itself, the scheduler
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
-import secrets
-import shutil
-import socket
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from stockpot import __version__
-from stockpot.errors import ConfigError, StockpotError, first_line
+from stockpot.errors import ConfigError
 from stockpot.experiment.jobs import Event, Executor, Job, WorkerSettings
-from stockpot.files import NETWORK_SECONDS, await_file
+from stockpot.experiment.ray_cluster import Cluster
+from stockpot.experiment.ray_worker import Mailbox, RayWorker
+from stockpot.files import NETWORK_SECONDS
 
 if TYPE_CHECKING:
     from stockpot.experiment.resources import ResourceSettings
 
 __all__ = ["make_executor"]
 
-_LAST = ("finished", "failed", "fatal", "died")
-_CLIENT = "ray://"
-_OBJECT_STORE = 80 * 2**20
-"""Bytes; Ray's least is 75 MiB, and nothing of ours goes through it."""
 _TOKEN_NAME = ".seen-"
 """Of a file in the record's folder by which workers know that they see that folder."""
-_TOKEN = secrets.token_hex(32)
-"""Keeps other users of this machine out of a cluster of ours; Ray reads it once per process."""
 _NODES_SECONDS = 5.0
 """How long the size of a cluster is taken to be what it was."""
 _PLACE_SECONDS = 30.0
 """How long a worker waits for its place until others that have nothing to do are let go."""
 _STOP_SECONDS = 10.0
-_CONNECT_SECONDS = 10.0
-_LONGEST_TEMPORARY = 30
-"""Of a folder's path, for Ray's sockets lie below and a socket's path has at most 107 bytes."""
-_QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # all that Ray itself would print of a worker that died
-}
 
 
 def make_executor(
@@ -74,151 +56,7 @@ def make_executor(
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("--on ray needs Ray, which is not installed: pip install 'stockpot[ray]'")
     asked = _asked(resources)
-    return _RayExecutor(_Cluster(address), settings, asked)
-
-
-class _Cluster:
-    """The connection to Ray, and Ray itself if we started it."""
-
-    def __init__(self, address: str | None) -> None:
-        self._undo = contextlib.ExitStack()
-        self._undo.enter_context(_environment(_QUIET))
-        try:
-            self.own = self._connect(_plain(address))
-        except BaseException:
-            self._undo.close()
-            raise
-
-    def _connect(self, address: str | None) -> bool:
-        """Whether a cluster was started."""
-        import ray
-
-        if ray.is_initialized():  # by the program that called us; it stays as it is
-            return False
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
-        try:
-            if address != "local" and (address or _one_runs()):
-                _check_answers(address or os.environ.get("RAY_ADDRESS"))
-                ray.init(address=address or "auto", **quiet)
-                self._undo.callback(ray.shutdown)
-                return False
-        except (ConnectionError, RuntimeError, ValueError, OSError, ImportError) as error:
-            raise ConfigError(
-                f"no Ray cluster answers at {address or os.environ.get('RAY_ADDRESS') or 'auto'}: "
-                f"{first_line(error)}. Ray's client listens on port 10001 of the head node "
-                "(--on ray://HOST:10001); a cluster with a token wants RAY_AUTH_MODE=token; "
-                "--on ray://local starts a cluster on this machine"
-            ) from error
-        self._start(quiet)
-        return True
-
-    def _start(self, quiet: Mapping[str, Any]) -> None:
-        import ray
-
-        _remove_abandoned()
-        folder = _temporary_folder()
-        self._undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        # Ray asks for a token, and would leave one in the user's home folder.
-        ours = {"RAY_AUTH_TOKEN": _TOKEN}
-        # As without Ray: a machine that is nearly full is the kernel's business. In containers Ray
-        # may take the machine's memory for its own.
-        ours |= {"RAY_memory_monitor_refresh_ms": "0"}
-        self._undo.callback(_read_environment_anew)
-        self._undo.enter_context(_environment(ours))
-        try:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                object_store_memory=_OBJECT_STORE,
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(folder),
-                **quiet,
-            )
-        except Exception as error:
-            raise StockpotError(
-                f"Ray does not start on this machine: {first_line(error)}. --jobs N runs N "
-                "processes without it"
-            ) from error
-        self._undo.callback(ray.shutdown)
-
-    def nodes(self) -> list[Mapping[str, float]]:
-        """What each machine of the cluster has."""
-        import ray
-
-        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-    def close(self) -> None:
-        """Leave the cluster; stop it if it is ours."""
-        self._undo.close()
-
-
-def _plain(address: str | None) -> str | None:
-    """``ray://auto`` and ``ray://local`` are no hosts."""
-    word = (address or "").removeprefix(_CLIENT)
-    if word in ("", "auto"):
-        return None
-    return word if word == "local" else address
-
-
-def _check_answers(address: str | None) -> None:
-    """Raise OSError if nobody listens; Ray itself would try for minutes."""
-    host, _, port = (address or "").removeprefix(_CLIENT).rpartition(":")
-    if host and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-
-
-def _one_runs() -> bool:
-    """Whether there is a cluster to be used unasked.
-
-    One that another program started for itself alone is none: it ends with that program.
-    """
-    if os.environ.get("RAY_ADDRESS"):
-        return True
-    from ray._private.services import find_bootstrap_address
-
-    return find_bootstrap_address(None) is not None
-
-
-@contextlib.contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Set variables that are not set, as long as this lasts; Ray's own changes go with them."""
-    before = set(os.environ)
-    os.environ.update({key: value for key, value in values.items() if key not in before})
-    try:
-        yield
-    finally:
-        for key in set(os.environ) - before:
-            if key.startswith("RAY_") or key == "PYTHONBREAKPOINT":
-                del os.environ[key]
-
-
-def _read_environment_anew() -> None:
-    """Have Ray forget the token of a cluster of ours: nothing of another one would reach us."""
-    with contextlib.suppress(AttributeError):  # older versions have no tokens
-        from ray import _raylet
-
-        library: Any = _raylet
-        library.Config.initialize("")
-        library.AuthenticationTokenLoader.instance().reset_cache()
-
-
-def _temporary_folder() -> Path:
-    """A folder for Ray's logs and sockets, named after this process."""
-    base = tempfile.gettempdir()
-    base = base if len(base) <= _LONGEST_TEMPORARY else "/tmp"
-    return Path(tempfile.mkdtemp(prefix=f"stockpot-{os.getpid()}-", dir=base))
-
-
-def _remove_abandoned() -> None:
-    """Delete the folders of processes that were killed."""
-    for base in {tempfile.gettempdir(), "/tmp"}:
-        for folder in Path(base).glob("stockpot-*-*"):
-            with contextlib.suppress(ValueError, PermissionError):
-                pid = int(folder.name.split("-")[1])
-                try:
-                    os.kill(pid, 0)
-                except ProcessLookupError:
-                    shutil.rmtree(folder, ignore_errors=True)
+    return _RayExecutor(Cluster(address), settings, asked)
 
 
 @dataclass(frozen=True)
@@ -235,7 +73,7 @@ class _RayExecutor:
     """Jobs on actors; see :class:`~stockpot.experiment.jobs.Executor`."""
 
     def __init__(
-        self, cluster: _Cluster, settings: WorkerSettings, asked: Mapping[str, float]
+        self, cluster: Cluster, settings: WorkerSettings, asked: Mapping[str, float]
     ) -> None:
         import ray
 
@@ -257,7 +95,7 @@ class _RayExecutor:
             self._check_size()
             self._check_device()
             self._token.touch()
-            mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(_Mailbox)
+            mailbox = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Mailbox)
             self._mailbox = mailbox.remote()
             self._taking = self._mailbox.take.remote()
         except BaseException:
@@ -316,7 +154,7 @@ class _RayExecutor:
             memory=self._asked["memory"],
             max_restarts=0,
             max_task_retries=0,
-        )(_Worker)
+        )(RayWorker)
         seen = (self._token, NETWORK_SECONDS)
         worker = actor.remote(self._settings, seen, self._mailbox, __version__)
         self._starting[worker.__ray_ready__.remote()] = time.monotonic()
@@ -435,79 +273,3 @@ def _why_gone(error: BaseException) -> str:
     _, found, reason = text.partition("Worker exit detail: ")
     short = (reason if found else text).partition(". ")[0]
     return f"died on Ray (was killed, or out of memory?): {short}"
-
-
-# What runs elsewhere. Classes are sent by name: workers need stockpot as we do.
-
-
-class _Mailbox:
-    """Keeps what workers tell until it is taken."""
-
-    def __init__(self) -> None:
-        import asyncio
-
-        self._told: list[Any] = []
-        self._some = asyncio.Event()
-
-    async def put(self, told: list[Any]) -> None:
-        self._told += told
-        self._some.set()
-
-    async def take(self) -> list[Any]:
-        """All there is; waits for something, or for an empty letter."""
-        await self._some.wait()
-        self._some.clear()
-        told, self._told = self._told, []
-        return told
-
-
-class _Worker:
-    """A process that does one job after another."""
-
-    def __init__(
-        self, settings: WorkerSettings, seen: tuple[Path, float], mailbox: Any, version: str
-    ) -> None:
-        if version != __version__:
-            raise StockpotError(
-                f"this Ray worker has stockpot {__version__}, not {version}; install the same "
-                "version on every machine of the cluster"
-            )
-        _check_seen(*seen)
-        self._settings, self._mailbox = settings, mailbox
-        self._worker: Any = None
-
-    def work(self, job: Job, number: int) -> Event:
-        """Do a job; returns its last event when all others have arrived."""
-        import ray
-
-        from stockpot.experiment.worker import Worker
-
-        last: list[Event] = []
-        sent: list[Any] = []
-
-        def tell(event: Event) -> None:
-            if event.kind in _LAST:
-                last.append(event)
-            else:
-                sent[:] = [self._mailbox.put.remote([(number, event)])]
-
-        try:
-            if self._worker is None:
-                self._worker = Worker(self._settings)
-            self._worker.work(job, tell)
-        except Exception as error:
-            text = f"{type(error).__name__}: {first_line(error)}"
-            last.append(Event("fatal", job.run, {"type": type(error).__name__}, text))
-        if sent:
-            ray.get(sent)
-        return last[0] if last else Event("fatal", job.run, {}, "a worker ended without a word")
-
-
-def _check_seen(token: Path, seconds: float) -> None:
-    """Wait until a file that the scheduler made is seen; network folders may lag behind."""
-    if await_file(lambda: token.exists() or None, token.parent, seconds) is None:
-        raise StockpotError(
-            f"the Ray worker on {socket.gethostname()} does not see the record's folder "
-            f"{token.parent}: all machines of the cluster must see it under the same path. "
-            "Choose a folder on storage that they share with --output, an absolute path"
-        )

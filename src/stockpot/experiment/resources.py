@@ -46,6 +46,11 @@ class ResourceSettings(BaseModel):
         return memory
 
     @property
+    def processes(self) -> int:
+        """How many processes share a run where a batch system starts it: one per GPU."""
+        return max(1, int(self.gpus))
+
+    @property
     def memory_bytes(self) -> int | None:
         """``memory`` in bytes."""
         return None if self.memory is None else _bytes(self.memory)

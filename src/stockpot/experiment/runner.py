@@ -34,7 +34,7 @@ from stockpot.processes import Processes, check_one_process, met_by_all, process
 from stockpot.streams.data import Stream
 from stockpot.tracking.trackers import check_trackers
 
-__all__ = ["Outcome", "run_experiment"]
+__all__ = ["Outcome", "open_record", "run_experiment"]
 
 
 _SUMMARY_SECONDS = 2.0
@@ -108,6 +108,29 @@ def run_experiment(
     return _Runner(experiment, stream, plan, watcher, evaluator, settings, executor).run()
 
 
+def open_record(
+    record: Record,
+    experiment: Experiment,
+    plan: Plan,
+    stream: Stream,
+    evaluator: Evaluator,
+    processes_of_a_run: int,
+) -> None:
+    """Start a record that is held, or take it up, and say in it what it is made with.
+
+    Raises:
+        ConfigError: if it is another experiment's, or the data have changed.
+        DamagedRecordError: if a file of it cannot be trusted.
+    """
+    environment = describe_environment(experiment.seeds)
+    if evaluator.sandbox is not None:
+        environment["isolation of generated programs"] = evaluator.sandbox.level
+    environment["notes on the data"] = list(stream.notes)
+    environment["processes of a run"] = processes_of_a_run
+    record.open(experiment, plan.data, environment, len(plan.runs), evaluator.skipped)
+    record.write_plan(describe_plan(plan, stream))
+
+
 def _check_same_data(among: Processes, plan: Plan) -> None:
     """Refuse processes that have read other examples than the main one."""
     if any(data != plan.data for data in among.gather(plan.data)):
@@ -166,7 +189,6 @@ class _Runner:
         if isinstance(self.record, Follower):
             self.record.take(finished)
         names = tuple(task.name for task in self.stream.tasks)
-        self.record.write_plan(describe_plan(self.plan, self.stream))
         # The trainer collects garbage at every task; what is alive now need not be searched.
         gc.collect()
         gc.freeze()
@@ -199,14 +221,13 @@ class _Runner:
 
     def _open(self) -> dict[tuple[str, int], dict[str, Any]]:
         """Open the record; returns what is finished."""
-        environment = describe_environment(self.experiment.seeds)
-        if self.evaluator.sandbox is not None:
-            environment["isolation of generated programs"] = self.evaluator.sandbox.level
-        environment["notes on the data"] = list(self.stream.notes)
-        environment["processes of a run"] = self.processes.world
-        planned = len(self.plan.runs)
-        self.record.open(
-            self.experiment, self.plan.data, environment, planned, self.evaluator.skipped
+        open_record(
+            self.record,
+            self.experiment,
+            self.plan,
+            self.stream,
+            self.evaluator,
+            self.processes.world,
         )
         return self.record.stages()
 

@@ -18,15 +18,14 @@ import torch
 from stockpot.errors import ConfigError, StockpotError, nearest
 from stockpot.evaluation.settings import Programs
 from stockpot.experiment.config import Experiment
-from stockpot.experiment.environment import describe_environment
 from stockpot.experiment.follower import FollowedPrefixes, Follower
 from stockpot.experiment.journal import Journal, WorkersPrefixes
 from stockpot.experiment.measuring import make_evaluator
 from stockpot.experiment.observer import Observer, Row, There
-from stockpot.experiment.plan import Plan, Run, describe_plan, make_plan
+from stockpot.experiment.plan import Plan, Run, make_plan
 from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
-from stockpot.experiment.runner import Outcome
+from stockpot.experiment.runner import Outcome, open_record
 from stockpot.experiment.stages import RunLoop
 from stockpot.experiment.summary import write_summary
 from stockpot.experiment.worker import FATAL
@@ -157,18 +156,8 @@ class Parts:
         return None
 
     def _open(self, record: Record) -> None:
-        environment = describe_environment(self.experiment.seeds)
-        if self.evaluator.sandbox is not None:
-            environment["isolation of generated programs"] = self.evaluator.sandbox.level
-        environment["notes on the data"] = list(self.stream.notes)
-        record.open(
-            self.experiment,
-            self.plan.data,
-            environment,
-            len(self.plan.runs),
-            self.evaluator.skipped,
-        )
-        record.write_plan(describe_plan(self.plan, self.stream))
+        each = self.experiment.resources.processes
+        open_record(record, self.experiment, self.plan, self.stream, self.evaluator, each)
 
     def _check_open(self) -> None:
         path = self.folder / "experiment.json"

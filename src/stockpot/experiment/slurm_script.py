@@ -111,18 +111,13 @@ jobs=
 
 def _options(s: Submission) -> list[str]:
     r = s.resources
-    options = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={r.cpus * _processes(s)}"]
+    options = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={r.cpus * s.resources.processes}"]
     if r.gpus:
         options.append(f"--gres=gpu:{math.ceil(r.gpus)}")
     if r.memory_bytes:
         options.append(f"--mem={math.ceil(r.memory_bytes / 2**20)}M")
     name = "stockpot-" + "".join(c if c.isalnum() else "-" for c in s.title).strip("-")
     return [f"--job-name={name}", *options, *s.options]
-
-
-def _processes(s: Submission) -> int:
-    """How many processes share a run: one per GPU."""
-    return max(1, int(s.resources.gpus))
 
 
 def _command(s: Submission, arguments: Sequence[str], processes: int) -> str:
@@ -157,7 +152,7 @@ def _arrays(
 #!/bin/bash
 cd -- {shlex.quote(str(s.directory))} || exit 1
 runs=({runs}){stages}
-exec {_command(s, s.command, _processes(s))} \\
+exec {_command(s, s.command, s.resources.processes)} \\
   --job "${{runs[SLURM_ARRAY_TASK_ID]}}"{more}
 {_END}
 )
