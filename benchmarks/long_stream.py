@@ -1,6 +1,7 @@
 r"""Permuted MNIST with 200 tasks: what a task costs late in a long stream, and what is kept.
 
     python benchmarks/long_stream.py cost                       # ten minutes on a quiet machine
+    python benchmarks/long_stream.py again --repeat 3           # the ratios of cost, several times
     python benchmarks/long_stream.py accuracy --runs runs/long  # an hour; goes on where it stopped
     python benchmarks/long_stream.py pages                      # tables, figure, docs once more
 
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,22 +139,44 @@ def measure_one(method: str, tasks: int, examples: int) -> dict[str, Any]:
     }
 
 
+def measured(options: argparse.Namespace, method: str) -> dict[str, Any]:
+    """One method in a fresh process with one thread."""
+    command = [sys.executable, __file__, "one", "--method", method]
+    command += ["--tasks", str(options.tasks), "--examples", str(options.examples)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
+    result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    print(f"{method}: {sum(result['wall_seconds']):.0f} s", file=sys.stderr)
+    return result
+
+
 def measure_cost(options: argparse.Namespace) -> dict[str, Any]:
-    """Every method in a fresh process with one thread."""
-
-    def measured(method: str) -> dict[str, Any]:
-        command = [sys.executable, __file__, "one", "--method", method]
-        command += ["--tasks", str(options.tasks), "--examples", str(options.examples)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-        result: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
-        print(f"{method}: {sum(result['wall_seconds']):.0f} s", file=sys.stderr)
-        return result
-
+    """Every method once."""
     with ThreadPoolExecutor(options.jobs) as pool:
-        results = list(pool.map(measured, options.methods))
+        results = list(pool.map(partial(measured, options), options.methods))
     about = {"tasks": options.tasks, "examples": options.examples, "jobs": options.jobs}
     return {**about, **machine(), "methods": dict(zip(options.methods, results, strict=True))}
+
+
+def measure_again(options: argparse.Namespace) -> dict[str, Any]:
+    """Every method several times, in turn: how far a ratio is the machine's own drift."""
+    ratios: dict[str, list[float]] = {}
+    for _ in range(options.repeat):
+        for method in options.methods:
+            result = measured(options, method)
+            first, last = ends(result["cpu_seconds"])
+            ratios.setdefault(result["label"], []).append(last / first)
+    about = {"tasks": options.tasks, "examples": options.examples}
+    return {**about, **machine(), "ratios": ratios}
+
+
+def again_table(again: dict[str, Any]) -> str:
+    """Last ten tasks over first ten, each time."""
+    lines = ["| CPU s a task, last ten / first ten | each time | median |", "|---|---|---:|"]
+    for label, ratios in again["ratios"].items():
+        each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+        lines.append(f"| {label} | {each} | {statistics.median(ratios):.2f} |")
+    return "\n".join(lines) + "\n"
 
 
 def machine() -> dict[str, Any]:
@@ -166,12 +190,13 @@ def machine() -> dict[str, Any]:
     }
 
 
+def ends(values: list[float]) -> tuple[float, float]:
+    """The medians of the first ten and of the last ten."""
+    return statistics.median(values[:TEN]), statistics.median(values[-TEN:])
+
+
 def cost_table(cost: dict[str, Any]) -> str:
     """The first ten tasks against the last ten, medians."""
-
-    def ends(values: list[float]) -> tuple[float, float]:
-        return statistics.median(values[:TEN]), statistics.median(values[-TEN:])
-
     lines = [
         "| | CPU s a task: first ten | last ten | ratio | clock s: first ten | last ten | ratio "
         "| resident MB after task 10 | after the last | growth, kB a task | kept for another task, "
@@ -342,6 +367,13 @@ def write_pages(results: dict[str, Any]) -> None:
             f"torch {cost['torch']}, {cost['jobs']} at a time; medians over ten tasks.\n"
         )
         parts.append(tables["cost"])
+    if again := results.get("again"):
+        tables["again"] = again_table(again)
+        parts.append(
+            f"The same several times, in turn: {again['machine']}, Python {again['python']}, "
+            f"torch {again['torch']}.\n"
+        )
+        parts.append(tables["again"])
     if accuracy := results.get("accuracy"):
         tables["accuracy"] = accuracy_table(accuracy)
         parts.append("What is kept: accuracy in %, ± half of a 95 % interval over seeds.\n")
@@ -361,11 +393,12 @@ def write_pages(results: dict[str, Any]) -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("part", choices=["cost", "accuracy", "pages", "one"])
+    parser.add_argument("part", choices=["cost", "again", "accuracy", "pages", "one"])
     parser.add_argument("--tasks", type=int, default=200)
     parser.add_argument("--examples", type=int, default=2000, help="training images a task")
     parser.add_argument("--methods", nargs="+", choices=COST_METHODS, default=list(COST_METHODS))
     parser.add_argument("--jobs", type=int, default=1, help="at a time")
+    parser.add_argument("--repeat", type=int, default=3, help="of `again`: how often")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/long-stream"))
     parser.add_argument("--read-only", action="store_true", help="of --runs, train nothing")
@@ -383,6 +416,9 @@ def main() -> None:
     if options.part == "cost":
         results["cost"] = measure_cost(options)
         print(cost_table(results["cost"]))
+    if options.part == "again":
+        results["again"] = measure_again(options)
+        print(again_table(results["again"]))
     if options.part == "accuracy":
         results["accuracy"] = measure_accuracy(options, results.get("accuracy", {}))
         print(accuracy_table(results["accuracy"]))

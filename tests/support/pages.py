@@ -112,7 +112,10 @@ class Opened:
         """Scroll through the page, so that every figure is drawn; their ids."""
         self.page.evaluate(
             """async () => {
-              const next = (done) => requestAnimationFrame(() => setTimeout(done));
+              const next = (done) => {
+                requestAnimationFrame(() => setTimeout(done));
+                setTimeout(done, 1000);  // a busy machine's browser may leave out a frame
+              };
               const frame = () => new Promise(next);
               for (let n = 0; n < 200 && document.querySelector(".plot.pending"); n++) {
                 document.querySelector(".plot.pending").scrollIntoView({ block: "center" });
