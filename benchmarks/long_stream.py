@@ -11,7 +11,7 @@ by the clock and of the processor, and the resident memory of the process when i
 it from an idle machine. `accuracy` scores all tasks after every tenth (`every_tasks: 10`);
 it does not depend on who else uses the machine.
 
-Both keep their numbers in `results/long_stream.json`, from which `results/long_stream.md`, the
+All keep their numbers in `results/long_stream.json`, from which `results/long_stream.md`, the
 figure `docs/images/long-stream.png` and the marked tables of `docs/long-streams.md` are made.
 """
 

@@ -439,8 +439,9 @@ def test_how_processes_end():
     assert "out of memory?" in how_it_ended(-9)
 
 
-def test_a_nursery_that_is_killed_is_replaced(alone, tmp_path):
-    """All workers go with it; their jobs are tried again in new ones."""
+@pytest.fixture
+def one_worker(alone, tmp_path):
+    """A nursery that has loaded a finished record's experiment, and its executor of one worker."""
     _, out = alone
     shutil.copytree(out, tmp_path / "out")
     settings = WorkerSettings(
@@ -449,53 +450,48 @@ def test_a_nursery_that_is_killed_is_replaced(alone, tmp_path):
     nursery = Nursery()
     executor = LocalExecutor(settings, 1, nursery)
     try:
-        job = Job("multitask-seed0", 1)
         while not executor._loaded:
             executor.events(0.1)
-        executor.submit(job)
-        os.kill(nursery._process.pid, signal.SIGKILL)
-        told = []
-        while not told or told[-1].kind not in ("died", "finished"):
-            told += executor.events(1.0)
-        assert told[-1].kind == "died"
-        executor.submit(job)
-        while told[-1].kind != "finished":
-            told += executor.events(1.0)
+        yield nursery, executor
     finally:
         executor.close()
         executor.close()  # may be called twice
 
 
-def test_a_death_of_which_both_tell_at_once(alone, tmp_path):
+def test_a_nursery_that_is_killed_is_replaced(one_worker):
+    """All workers go with it; their jobs are tried again in new ones."""
+    nursery, executor = one_worker
+    job = Job("multitask-seed0", 1)
+    executor.submit(job)
+    os.kill(nursery._process.pid, signal.SIGKILL)
+    told = []
+    while not told or told[-1].kind not in ("died", "finished"):
+        told += executor.events(1.0)
+    assert told[-1].kind == "died"
+    executor.submit(job)
+    while told[-1].kind != "finished":
+        told += executor.events(1.0)
+
+
+def test_a_death_of_which_both_tell_at_once(one_worker):
     """The worker's broken connection and what the nursery says of it are found in one look."""
-    _, out = alone
-    shutil.copytree(out, tmp_path / "out")
-    settings = WorkerSettings(
-        (tmp_path / "out" / "experiment.yaml").resolve(), (tmp_path / "out").resolve()
-    )
-    nursery = Nursery()
-    executor = LocalExecutor(settings, 1, nursery)
+    nursery, executor = one_worker
     told: list[Event] = []
 
     def look():
         while not told or told[-1].kind != "died":
             told.extend(executor.events(1.0))
 
-    try:
-        while not executor._loaded:
-            executor.events(0.1)
-        executor.submit(Job("multitask-seed0", 1))
-        while not (workers := psutil.Process(nursery._process.pid).children()):
-            time.sleep(0.01)
-        workers[0].kill()
-        time.sleep(1)  # the nursery looks for the dead ten times a second
-        looking = threading.Thread(target=look, daemon=True)
-        looking.start()
-        looking.join(20)
-        assert not looking.is_alive()
-        assert "SIGKILL" in told[-1].error
-    finally:
-        executor.close()
+    executor.submit(Job("multitask-seed0", 1))
+    while not (workers := psutil.Process(nursery._process.pid).children()):
+        time.sleep(0.01)
+    workers[0].kill()
+    time.sleep(1)  # the nursery looks for the dead ten times a second
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(20)
+    assert not looking.is_alive()
+    assert "SIGKILL" in told[-1].error
 
 
 def test_options(tmp_path, alone):

@@ -111,7 +111,7 @@ jobs=
 
 def _options(s: Submission) -> list[str]:
     r = s.resources
-    options = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={r.cpus * s.resources.processes}"]
+    options = ["--nodes=1", "--ntasks=1", f"--cpus-per-task={r.cpus * r.processes}"]
     if r.gpus:
         options.append(f"--gres=gpu:{math.ceil(r.gpus)}")
     if r.memory_bytes:
