@@ -13,12 +13,14 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import urllib.parse
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -555,6 +557,36 @@ def test_odd_names_arrive(tmp_path: Path, tracker: str) -> None:
     )
     wanted = {name: [(0, value), (7, value)] for name, value in values.items()}
     assert held(tracker, tmp_path, "run 1") == wanted
+
+
+def test_a_slow_writer_of_wandb_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its process, held up as it is told to close the file, has nothing of a short run in it."""
+    from wandb.sdk.lib.service.service_connection import ServiceConnection
+
+    (tmp_path / "tracking").mkdir()
+    run = TrackedRun("run", "sfa", "experiment", {}, tmp_path / "tracking")
+    one = TRACKERS["wandb"]()
+    one.open(run, None)
+    one.log({0: {"a": 1.0}, 7: {"a": 2.0}})
+    children = psutil.Process().children(recursive=True)
+    writers = [child for child in children if "wandb-core" in child.name()]
+    tell = ServiceConnection.inform_finish
+
+    def held_up(self: Any, run_id: str) -> None:
+        for writer in writers:
+            writer.suspend()
+        (file,) = tmp_path.glob("tracking/wandb/offline-run-*/run-*.wandb")
+        assert wandb_records(file) == []
+        tell(self, run_id)
+        for writer in writers:
+            threading.Timer(1.0, writer.resume).start()
+
+    monkeypatch.setattr(ServiceConnection, "inform_finish", held_up)
+    one.close("finished")
+    assert writers
+    assert held("wandb", tmp_path, "run") == {"a": [(0, 1.0), (7, 2.0)]}
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])

@@ -111,7 +111,7 @@ class WandB(Tracker):
         """A run beside any that this process has open."""
         self._run = self._begin(run, known)
         if known is not None and self._run.offline:
-            self._run.finish()
+            self.close("stopped")  # nothing is written any more to what is removed
             for folder in Path(self._run.settings.sync_dir).parent.glob(f"*run-*-{known}*"):
                 if not list(folder.glob("*.synced")):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -144,8 +144,17 @@ class WandB(Tracker):
             self._run.log({**values, STEP: step})
 
     def close(self, status: Status) -> None:
-        """Wait until all is sent."""
+        """Wait until all is sent, or in the file.
+
+        Offline ``finish`` returns before W&B's own process has written the last 32 KB. To end that
+        process waits for it, so that nothing is lost when ours is killed next. It is left alone
+        where others use it: runs that are open here, or the process that it belongs to.
+        """
+        import wandb
+
         self._run.finish(exit_code=0 if status == "finished" else 1)
+        if self._run.offline and wandb.setup().most_recent_active_run is None:
+            wandb.teardown()
 
 
 class MLflow(Tracker):
