@@ -1,6 +1,7 @@
 """Runs in several processes: the same record, whatever is killed, and nothing left behind."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import time
 import psutil
 import pytest
 
-from stockpot.errors import ConfigError
+from stockpot.errors import ConfigError, DiskFullError, NonFiniteError, StockpotError
 from stockpot.experiment import load_experiment
 from stockpot.experiment.jobs import Event, Job, WorkerSettings
 from stockpot.experiment.journal import Journal
@@ -22,6 +23,7 @@ from stockpot.experiment.observer import Observer
 from stockpot.experiment.plan import make_plan
 from stockpot.experiment.record import Record
 from stockpot.experiment.resources import ResourceSettings
+from stockpot.experiment.worker import stops_all
 from support.experiments import TINY, lines, record_of, run_and_kill, run_file, write_experiment
 
 METHODS = (
@@ -141,7 +143,7 @@ def test_from_one_to_the_other_killed_each_time(alone, tmp_path):
 # A model that kills its process, or fails, at chosen moments: each moment once.
 
 OWN_MODEL = """
-import json, os, signal
+import errno, json, os, signal
 from pathlib import Path
 from torch import nn
 
@@ -159,6 +161,10 @@ def moment(what):
             continue
         if way == "fail":
             raise ZeroDivisionError("as was asked for")
+        if way == "read":
+            Path("/nowhere/words.txt").read_text()
+        if way == "write":
+            raise OSError(errno.EIO, "Input/output error", str(HERE / "out" / "runs" / "a file"))
         os.kill(os.getpid(), getattr(signal, way))
 
 class Net(nn.Sequential):
@@ -245,6 +251,51 @@ def test_failed_runs_are_reported_and_stop_nobody(own_model, tmp_path):
     assert not run_file(path, tmp_path / "out", overrides).failures
     run_file(path, tmp_path / "undisturbed", overrides)
     assert unordered(tmp_path / "out") == unordered(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_file_of_the_users_stops_its_run_and_one_of_the_record_stops_all(
+    own_model, tmp_path, jobs
+):
+    path, out = own_model([("train", 4, "read")]), tmp_path / "out"
+    overrides = ["methods=[sequential, {name: l2, strength: 1}]", "resources.retries=0"]
+    (reason,) = run_file(path, out, overrides, jobs=jobs).failures.values()
+    assert reason.startswith("FileNotFoundError: [Errno 2] No such file or directory: '/nowhere/wo")
+    own_model([("train", 4, "write")])
+    if jobs == 1:
+        sys.modules["jobs_own_model"].counts.pop("train")
+    with pytest.raises((OSError, StockpotError), match="Input/output error"):
+        run_file(path, out, overrides, jobs=jobs)
+    assert not run_file(path, out, overrides, jobs=jobs).failures
+
+
+@pytest.mark.parametrize(
+    ("error", "stops"),
+    [
+        (OSError(errno.EIO, "of the record", "HERE/runs/x/stage-0000.json"), True),
+        (OSError(errno.EIO, "of the record", b"HERE/runs/x/stage-0000.json"), True),
+        (OSError(errno.ENOSPC, "full", "/tmp/a file of a library's"), True),
+        (OSError(errno.EIO, "which file is not said"), True),
+        (OSError(errno.EIO, "a file that has only a number", 7), True),
+        (PermissionError(errno.EACCES, "of a method", "/words.txt"), False),
+        (FileNotFoundError(errno.ENOENT, "beside the record", "HERE-2/words.txt"), False),
+        (OSError("x is not a local folder and is not a valid model identifier"), False),
+        (ConnectionResetError(errno.ECONNRESET, "reset by peer"), False),
+        (TimeoutError(errno.ETIMEDOUT, "timed out"), False),
+        (DiskFullError("said"), True),
+        (NonFiniteError("said"), False),
+        (ValueError("of a method"), False),
+    ],
+)
+def test_which_errors_stop_all_runs(tmp_path, error, stops):
+    here = str(tmp_path)
+    if isinstance(name := getattr(error, "filename", None), str):
+        name = name.replace("HERE", here)
+    elif isinstance(name, bytes):
+        name = name.replace(b"HERE", os.fsencode(here))
+    if name is not None:
+        error = type(error)(error.errno, error.strerror, name)
+    assert stops_all(error, tmp_path) == stops
 
 
 def test_an_error_that_concerns_all_stops_all(alone, tmp_path):

@@ -29,7 +29,7 @@ from stockpot.experiment.prefixes import PrefixStore
 from stockpot.experiment.record import Record
 from stockpot.experiment.stages import RunLoop
 from stockpot.experiment.summary import write_summary
-from stockpot.experiment.worker import FATAL
+from stockpot.experiment.worker import stops_all
 from stockpot.processes import Processes, check_one_process, met_by_all, processes
 from stockpot.streams.data import Stream
 from stockpot.tracking.trackers import check_trackers
@@ -235,9 +235,9 @@ class _Runner:
         for run in runs:
             try:
                 self.loop.run(run)
-            except FATAL:
-                raise
             except Exception as error:  # a method, a model or a library: the others go on
+                if stops_all(error, self.record.folder):
+                    raise
                 if self.processes.several and not met_by_all(error):
                     raise
                 self._run_failed(run, error, self.record.keep_error(run.id, error))

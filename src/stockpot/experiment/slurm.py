@@ -28,7 +28,7 @@ from stockpot.experiment.record import Record
 from stockpot.experiment.runner import Outcome, open_record
 from stockpot.experiment.stages import RunLoop
 from stockpot.experiment.summary import write_summary
-from stockpot.experiment.worker import FATAL
+from stockpot.experiment.worker import stops_all
 from stockpot.files import exclusive, read_json, shared, write_json
 from stockpot.processes import met_by_all, processes
 from stockpot.streams.data import Stream
@@ -145,9 +145,9 @@ class Parts:
         loop = RunLoop(experiment, self.stream, self.plan, record, store, observer, self.evaluator)
         try:
             loop.run(run, until)
-        except FATAL:
-            raise
         except Exception as error:
+            if stops_all(error, self.folder):
+                raise
             if self.processes.several and not met_by_all(error):
                 raise
             reason = journal.keep_error(run.id, error) if self.processes.main else str(error)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stockpot.errors import ConfigError, DamagedRecordError, DiskFullError
@@ -23,13 +25,32 @@ if TYPE_CHECKING:
     from stockpot.experiment.plan import Run, Stage
     from stockpot.experiment.stages import RunLoop
 
-__all__ = ["FATAL", "Worker", "enter"]
+__all__ = ["Worker", "enter", "stops_all"]
 
-FATAL = (ConfigError, DamagedRecordError, DiskFullError, OSError)
-"""Errors that concern all runs."""
-
+_ALL = (ConfigError, DamagedRecordError, DiskFullError)
 _TOLD_SECONDS = 0.3
 """How often a worker tells where it is."""
+
+
+def stops_all(error: Exception, folder: Path) -> bool:
+    """Whether an error of one run would meet all runs, or hurt the record that they share.
+
+    An error of the operating system does if it is one of the record's files, of a full disk, or of
+    a write that does not say where. That of a file that a method or a library reads, of a network
+    or of a model that is not found ends its own run.
+
+    Args:
+        error: what a run ended with.
+        folder: the record's.
+    """
+    if not isinstance(error, OSError):
+        return isinstance(error, _ALL)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    if isinstance(error.filename, str | bytes):
+        place = Path(os.fsdecode(error.filename)).resolve()
+        return place.is_relative_to(folder.resolve())
+    return error.errno is not None and not isinstance(error, ConnectionError | TimeoutError)
 
 
 def enter(settings: WorkerSettings) -> None:
@@ -84,10 +105,11 @@ class Worker:
             self._journal.take(job.finished)
             self._track_anew()
             self._loop.run(self._runs[job.run], job.until)
-        except FATAL as error:
-            tell(Event("fatal", job.run, {"type": type(error).__name__}, str(error)))
-        except Exception as error:  # a method, a model or a library: the others go on
-            tell(Event("failed", job.run, {}, self._journal.keep_error(job.run, error)))
+        except Exception as error:
+            if stops_all(error, self.settings.folder):
+                tell(Event("fatal", job.run, {"type": type(error).__name__}, str(error)))
+            else:  # a method, a model or a library: the others go on
+                tell(Event("failed", job.run, {}, self._journal.keep_error(job.run, error)))
         else:
             tell(Event("finished", job.run))
 
