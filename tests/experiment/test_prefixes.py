@@ -1,12 +1,18 @@
 """What runs share is trained once, and the weights are the same as without sharing."""
 
 import json
+import shutil
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from stockpot.experiment import load_experiment
 from stockpot.experiment.plan import make_plan
+from stockpot.experiment.prefixes import PrefixStore
 from stockpot.methods import METHODS
 from support.experiments import STEPS_PER_TASK, lines, record_of, run_file, write_experiment
 
@@ -109,6 +115,28 @@ def test_store_is_gone_at_the_end(both):
     _, folder = both
     assert not (folder / "shared" / "prefixes").exists()
     assert not (folder / "shared" / "scratch").exists()
+
+
+def test_two_jobs_that_train_the_same_at_once_both_go_on(tmp_path):
+    """Threads here: each then reads the whole of what one wrote, and nothing stays behind."""
+    barrier, met = threading.Barrier(4, timeout=20), Counter()
+
+    def job(number):
+        store = PrefixStore(tmp_path, Counter({"key": 9}))
+        for _ in range(50):
+            barrier.wait()
+            store.save("key", {"w": torch.full((1000,), float(number))}, {"by": number})
+            weights, about = store.load("key")
+            assert set(weights["w"].tolist()) == {float(about["by"])}
+            met[about["by"]] += 1
+            if barrier.wait() == 0:
+                shutil.rmtree(tmp_path / "key")
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(job, range(4)))
+    assert sum(met.values()) == 200
+    assert len(met) > 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_method_states_its_identity():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
-import os
 import shutil
+import uuid
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import fields
@@ -58,19 +59,28 @@ class PrefixStore:
         return key in self._shared
 
     def save(self, key: str, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Keep what was trained."""
-        scratch = self.folder / f".{key}.{os.getpid()}"
-        shutil.rmtree(scratch, ignore_errors=True)
+        """Keep what was trained, unless another job has kept the same meanwhile."""
+        scratch = self.folder / f".{key}.{uuid.uuid4().hex}"  # jobs may be on several machines
         try:
             with space_errors(scratch):
                 scratch.mkdir(parents=True)
                 write_tensors(scratch / "model.safetensors", weights)
                 digest = sha256(scratch / "model.safetensors")
                 write_json(scratch / "trained.json", {**about, "sha256": digest})
-                shutil.rmtree(self.folder / key, ignore_errors=True)
-                scratch.rename(self.folder / key)
+                self._put(scratch, key)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _put(self, scratch: Path, key: str) -> None:
+        try:
+            scratch.rename(self.folder / key)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            if self.has(key):  # whole, and perhaps in use by now
+                return
+            shutil.rmtree(self.folder / key)
+            scratch.rename(self.folder / key)
 
     def has_scores(self, key: str) -> bool:
         """Whether the scores of the weights of ``key`` are there."""
