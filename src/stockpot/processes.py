@@ -12,6 +12,7 @@ import datetime
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,6 +29,7 @@ __all__ = [
     "check_one_process",
     "launched",
     "leave",
+    "let_main_end",
     "meeting_place",
     "met_by_all",
     "processes",
@@ -40,6 +42,9 @@ _TIMEOUT = datetime.timedelta(days=2)
 """How long processes wait for each other: what one does alone (an evaluation suite, programs that
 models wrote) may take long. That one is gone is the launcher's to notice, and it ends the others.
 """
+
+_MAIN_SECONDS = 30.0
+"""How far behind the others the main process may be, with an error that all of them meet."""
 
 
 def launched() -> int:
@@ -210,6 +215,16 @@ def meeting_place() -> torch.device:
     if "cpu:" in str(dist.get_backend_config()) or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def let_main_end() -> None:
+    """Before a process ends with an error that the main one says: let that one say it and end.
+
+    A launcher ends all others, the main process too, as soon as one has failed; and it ends this
+    one when the main process has. This returns after a while if none does: the main process may
+    not have met the error, which is then this one's to say.
+    """
+    time.sleep(_MAIN_SECONDS)
 
 
 def leave() -> None:

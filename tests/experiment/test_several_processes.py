@@ -18,6 +18,7 @@ from support.experiments import SETTINGS, lines, record_of, write_experiment
 from support.launch import launch
 
 ALL = "[" + ", ".join(SETTINGS.values()) + "]"
+FEW = f"[{SETTINGS['rehearsal']}, {SETTINGS['ewc']}, {SETTINGS['sfa']}]"
 
 
 def digits(folder: Path, methods: str = ALL, **training: Any) -> Path:
@@ -30,7 +31,8 @@ def digits(folder: Path, methods: str = ALL, **training: Any) -> Path:
 
 
 def run(count: int, *words: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
-    done = launch(count, "stockpot", ["run", *words])
+    module, place = ("stockpot", {}) if ok else ("support.slow_to_say", {"PYTHONPATH": "tests"})
+    done = launch(count, module, ["run", *words], place)
     assert (done.returncode == 0) == ok, done.stderr[-4000:]
     return done
 
@@ -72,6 +74,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
+@pytest.fixture(scope="module")
+def few_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("few")
+    run(1, digits(folder, FEW), "-q", "-o", folder / "out")
+    return folder / "out"
+
+
 def test_two_processes_give_what_one_gives(tmp_path: Path, alone: Path) -> None:
     """With every method. Under ddp: below; each mode without a command line: tests/training."""
     done = run(2, digits(tmp_path, parallel="fsdp2"), "--json", "-o", tmp_path / "out")
@@ -91,11 +100,21 @@ def test_deepspeed(tmp_path: Path) -> None:
     assert_same_run(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize(("rank", "before", "after"), [(0, 2, 1), (1, 2, 1), (0, 1, 2), (1, 2, 2)])
+@pytest.mark.parametrize(
+    ("rank", "before", "after", "methods"),
+    [(0, 2, 1, ALL), (1, 2, 1, FEW), (0, 1, 2, FEW), (1, 2, 2, FEW)],
+    ids=["main-2-1", "other-2-1", "1-2", "other-2-2"],
+)
 def test_killed_and_resumed_by_another_number(
-    tmp_path: Path, alone: Path, rank: int, before: int, after: int
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    rank: int,
+    before: int,
+    after: int,
+    methods: str,
 ) -> None:
-    path, out = digits(tmp_path, checkpoint_seconds=0), tmp_path / "out"
+    alone: Path = request.getfixturevalue("alone" if methods == ALL else "few_alone")
+    path, out = digits(tmp_path, methods, checkpoint_seconds=0), tmp_path / "out"
     pattern = "scratch/ewc*/stage-0001/checkpoint-[34]"
     words = [rank, pattern, "run", path, "-q", "-o", out]
     killed = launch(before, "support.killed_run", words, {"PYTHONPATH": "tests"})
@@ -135,11 +154,21 @@ def test_several_runs_at_a_time_are_refused_before_anything_is_loaded(tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
-def test_accelerate_launch(tmp_path: Path, alone: Path) -> None:
+def test_accelerate_launch(tmp_path: Path, few_alone: Path) -> None:
     words = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "bf16"]
     start = [sys.executable, "-m", "accelerate.commands.launch"]
     done = subprocess.run(
-        [*start, *words, "-m", "stockpot", "run", digits(tmp_path), "-q", "-o", tmp_path / "out"],
+        [
+            *start,
+            *words,
+            "-m",
+            "stockpot",
+            "run",
+            digits(tmp_path, FEW),
+            "-q",
+            "-o",
+            tmp_path / "out",
+        ],
         capture_output=True,
         text=True,
         timeout=300,
@@ -148,7 +177,7 @@ def test_accelerate_launch(tmp_path: Path, alone: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-4000:]
     # The precision is the experiment's, not the launcher's.
-    assert_same_run(tmp_path / "out", alone)
+    assert_same_run(tmp_path / "out", few_alone)
 
 
 def test_a_failing_run_stops_neither_the_others_nor_a_process(tmp_path: Path) -> None:

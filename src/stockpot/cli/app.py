@@ -18,7 +18,7 @@ from stockpot.cli import report as report_verb
 from stockpot.cli import run as run_verb
 from stockpot.cli.output import complain
 from stockpot.errors import ConfigError, StockpotError
-from stockpot.processes import said_by_main
+from stockpot.processes import let_main_end, said_by_main
 
 __all__ = ["app", "main"]
 
@@ -85,8 +85,9 @@ def main() -> None:
     try:
         app()
     except StockpotError as error:
-        if not said_by_main(error):
-            complain(str(error))
+        if said_by_main(error):
+            let_main_end()
+        complain(str(error))
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except OSError as error:
         complain(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")

@@ -69,5 +69,6 @@ def do_part(
         if parts.processes.main:
             complain(reason, head=f"failed: {part}")
         if until is None:
+            parts.processes.wait()  # the launcher ends the main process when another has failed
             raise typer.Exit(1)
     return None

@@ -234,7 +234,9 @@ def _show(outcome: Outcome, console: Console, as_json: bool, quiet: bool) -> Non
         if page is not None:
             print_report(console, page, outcome.summary)
     if outcome.failures:
+        among = processes()
         for run_id, reason in outcome.failures.items():
-            if processes().main:
+            if among.main:
                 complain(reason, head=f"failed: {run_id}")
+        among.wait()  # the launcher ends the main process, too, when another has failed
         raise typer.Exit(1)
