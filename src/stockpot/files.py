@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NETWORK_SECONDS",
+    "NO_SPACE",
     "await_file",
     "exclusive",
     "link_or_copy",
@@ -41,6 +42,8 @@ _T = TypeVar("_T")
 
 NETWORK_SECONDS = 60.0
 """How long a network file system may keep what another machine has written to itself."""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+"""How the operating system says that a disk or a quota is full."""
 _FULL_BYTES = 64 * 1024
 
 
@@ -50,7 +53,7 @@ def space_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_SPACE:
             raise
         raise _disk_full(path) from error
     except Exception as error:

@@ -155,20 +155,11 @@ def test_several_runs_at_a_time_are_refused_before_anything_is_loaded(tmp_path: 
 
 
 def test_accelerate_launch(tmp_path: Path, few_alone: Path) -> None:
+    path = digits(tmp_path, FEW)
     words = ["--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "bf16"]
     start = [sys.executable, "-m", "accelerate.commands.launch"]
     done = subprocess.run(
-        [
-            *start,
-            *words,
-            "-m",
-            "stockpot",
-            "run",
-            digits(tmp_path, FEW),
-            "-q",
-            "-o",
-            tmp_path / "out",
-        ],
+        [*start, *words, "-m", "stockpot", "run", path, "-q", "-o", tmp_path / "out"],
         capture_output=True,
         text=True,
         timeout=300,

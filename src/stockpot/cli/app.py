@@ -86,7 +86,7 @@ def main() -> None:
         app()
     except StockpotError as error:
         if said_by_main(error):
-            let_main_end()
+            let_main_end()  # which ends this process too; if not, nobody else has met the error
         complain(str(error))
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except OSError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import os
 import sys
@@ -19,7 +18,7 @@ from stockpot.experiment.jobs import Event, Job, Told, WorkerSettings
 from stockpot.experiment.journal import Journal, WorkersPrefixes
 from stockpot.experiment.observer import Observer, Row
 from stockpot.experiment.plan import make_plan
-from stockpot.files import read_json
+from stockpot.files import NO_SPACE, read_json
 
 if TYPE_CHECKING:
     from stockpot.experiment.plan import Run, Stage
@@ -45,7 +44,7 @@ def stops_all(error: Exception, folder: Path) -> bool:
     """
     if not isinstance(error, OSError):
         return isinstance(error, _ALL)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in NO_SPACE:
         return True
     if isinstance(error.filename, str | bytes):
         place = Path(os.fsdecode(error.filename)).resolve()
