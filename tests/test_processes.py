@@ -17,7 +17,7 @@ from support.text import write_model, write_tasks
 
 def results(folder: Path, count: int) -> list[dict[str, Any]]:
     out = folder / f"by {count}"
-    done = launch(count, "support.shared_work", [folder, out], {"PYTHONPATH": "tests"})
+    done = launch(count, "support.shared_work", [folder, out])
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads((out / f"{rank}.json").read_text()) for rank in range(count)]
     assert all(result == found[0] for result in found), "the processes disagree"

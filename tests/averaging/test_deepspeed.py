@@ -1,14 +1,13 @@
 """SFA under DeepSpeed: two processes, against a float64 average taken from the true weights."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+
+from support.launch import call_in_processes
 
 pytest.importorskip("deepspeed")
 
@@ -138,16 +137,7 @@ def naive_write_is_undone() -> None:
         SFA().attach(engine.module, total_steps=4)
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
-    )
-    torch.set_num_threads(1)
+def worker(rank: int, folder: str) -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
@@ -162,7 +152,4 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_averages_reach_masters_live_weights_and_checkpoints(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    call_in_processes(worker, str(tmp_path))

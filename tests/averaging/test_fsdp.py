@@ -1,14 +1,13 @@
 """SFA under DDP, FSDP1 and FSDP2: two processes, against a float64 average of whole weights."""
 
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+
+from support.launch import call_in_processes
 
 BETA = 0.4
 STORES = ["device", "cpu", "disk", "path"]
@@ -148,10 +147,8 @@ def sharded_anchors_are_saved_in_parts(folder: Path) -> None:
     assert len(list(folder.glob("part-*-of-00002.safetensors"))) == 2
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def worker(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo")
     for kind in KINDS:
         for store in STORES:
             try:
@@ -166,7 +163,4 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_averages_reach_the_true_weights_of_every_wrapper(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    call_in_processes(worker, str(tmp_path))

@@ -30,9 +30,12 @@ def digits(folder: Path, methods: str = ALL, **training: Any) -> Path:
     return path
 
 
-def run(count: int, *words: object, ok: bool = True) -> subprocess.CompletedProcess[str]:
+def run(
+    count: int, *words: object, ok: bool = True, torchrun: bool = False
+) -> subprocess.CompletedProcess[str]:
     module, place = ("stockpot", {}) if ok else ("support.slow_to_say", {"PYTHONPATH": "tests"})
-    done = launch(count, module, ["run", *words], place)
+    # What is said of an error depends on how the launcher ends the processes.
+    done = launch(count, module, ["run", *words], place, torchrun=torchrun or not ok)
     assert (done.returncode == 0) == ok, done.stderr[-4000:]
     return done
 
@@ -83,7 +86,8 @@ def few_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_processes_give_what_one_gives(tmp_path: Path, alone: Path) -> None:
     """With every method. Under ddp: below; each mode without a command line: tests/training."""
-    done = run(2, digits(tmp_path, parallel="fsdp2"), "--json", "-o", tmp_path / "out")
+    path = digits(tmp_path, parallel="fsdp2")
+    done = run(2, path, "--json", "-o", tmp_path / "out", torchrun=True)
     assert_same_run(tmp_path / "out", alone)
     environment = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert environment["processes of a run"] == 2
@@ -117,7 +121,7 @@ def test_killed_and_resumed_by_another_number(
     path, out = digits(tmp_path, methods, checkpoint_seconds=0), tmp_path / "out"
     pattern = "scratch/ewc*/stage-0001/checkpoint-[34]"
     words = [rank, pattern, "run", path, "-q", "-o", out]
-    killed = launch(before, "support.killed_run", words, {"PYTHONPATH": "tests"})
+    killed = launch(before, "support.killed_run", words)
     assert killed.returncode != 0
     assert list(out.glob("scratch/ewc*/stage-0001/checkpoint-*"))
     finished = len(lines(out / "stages.jsonl"))
@@ -132,7 +136,7 @@ def test_the_others_delete_nothing_that_a_killed_main_process_has_not_done_with(
 ) -> None:
     path, out = digits(tmp_path, "[sequential]"), tmp_path / "out"
     words = [0, "stage 1", "run", path, "evaluation.kl=0", "-q", "-o", out]
-    assert launch(2, "support.killed_run", words, {"PYTHONPATH": "tests"}).returncode != 0
+    assert launch(2, "support.killed_run", words).returncode != 0
     assert len(lines(out / "stages.jsonl")) == 1
     run(1, path, "evaluation.kl=0", "-q", "-o", out)
     run(1, path, "evaluation.kl=0", "-q", "-o", tmp_path / "alone")

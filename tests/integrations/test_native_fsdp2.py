@@ -6,22 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+from support.launch import call_in_processes
 
 T, BETA = 4, 0.4
 
 
-def worker(rank: int, port: int, stories: str, folder: str, store: str) -> None:
-    import os
-
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    torch.set_num_threads(1)
+def worker(rank: int, stories: str, folder: str, store: str) -> None:
     from transformers import (
         AutoModelForCausalLM,
         Trainer,
@@ -101,9 +92,4 @@ def worker(rank: int, port: int, stories: str, folder: str, store: str) -> None:
 def test_averages_reach_the_shards_and_the_checkpoint(
     stories: Path, tmp_path: Path, store: str
 ) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(stories), str(tmp_path), store), nprocs=2)
+    call_in_processes(worker, str(stories), str(tmp_path), store)

@@ -1,15 +1,15 @@
 """SFACallback in a real Trainer over DeepSpeed ZeRO: two processes, what the checkpoint holds."""
 
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from torch import Tensor
+
+from support.launch import call_in_processes
 
 pytest.importorskip("deepspeed")
 
@@ -47,12 +47,8 @@ def train(stories: Path, folder: Path, stage: int, callbacks: list[Any]) -> Any:
     return trainer
 
 
-def worker(rank: int, stories: str, folder: str, stage: int, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_SIZE="2",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def worker(rank: int, stories: str, folder: str, stage: int) -> None:
+    os.environ["LOCAL_SIZE"] = "2"
     from stockpot.integrations.transformers import SFACallback
 
     train(Path(stories), Path(folder, "plain"), stage, [])
@@ -67,10 +63,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_checkpoint_holds_the_average(stories: Path, tmp_path: Path, stage: int) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (str(stories), str(tmp_path), stage, port), nprocs=2)
+    call_in_processes(worker, str(stories), str(tmp_path), stage)
     start = weights(stories)
     start["lm_head.weight"] = start["model.embed_tokens.weight"]  # tied; stage 2 writes both names
     plain, ours = (weights(tmp_path / n / f"checkpoint-{STEPS}") for n in ("plain", "sfa"))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from support.launch import forking
 
 TINY = """
 stream: {name: digits, split: pairs, order: [0, 1, 2], train_limit: 48, test_limit: 30}
@@ -76,16 +78,22 @@ def _child(path: Path, output: Path, overrides: Sequence[str], die_at: dict[str,
             real(file)
 
         os.fsync = fsync
+    if "deleted" in die_at:  # before one more of the runs' files is deleted
+        runs, so_far = str(output / "runs"), [0]
+
+        def deletes(event: str, arguments: tuple[Any, ...]) -> None:
+            if event == "os.remove" and str(arguments[0]).startswith(runs):
+                so_far[0] += os.path.exists(arguments[0])
+                if so_far[0] > die_at["deleted"]:
+                    _die()
+
+        sys.addaudithook(deletes)
     run_file(path, output, overrides, observer=Assassin(), jobs=die_at.get("jobs", 1))
-
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["stockpot.experiment.runner", "sklearn.datasets"])
 
 
 def run_and_kill(path: Path, output: Path, overrides: Sequence[str] = (), **die_at: int) -> None:
     """Run in a process of its own that is killed by SIGKILL where ``die_at`` says."""
-    child = _context.Process(target=_child, args=(path, output, overrides, die_at))
+    child = forking.Process(target=_child, args=(path, output, overrides, die_at))
     child.start()
     child.join(120)
     assert child.exitcode == -signal.SIGKILL, f"the run was not killed but ended: {child.exitcode}"

@@ -1,27 +1,43 @@
-"""Programs started in several processes, as users start them."""
+"""Programs started in several processes, as users start them.
+
+Most of what a test of several processes took was once their importing of torch, transformers and
+DeepSpeed. They are forked from a process that has imported them; with ``torchrun=True`` a real
+launcher starts them from nothing, for what a launcher has a say in.
+"""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import multiprocessing.connection
 import os
+import runpy
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 
-__all__ = ["launch", "launcher"]
+import torch.distributed
 
+__all__ = ["call_in_processes", "forking", "launch"]
 
-def launcher(count: int) -> list[str]:
-    """The words in front of ``-m module ...``; for one process plain Python."""
-    if count == 1:
-        return [sys.executable]
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
+forking = multiprocessing.get_context("forkserver")
+"""Where processes come from that need not import what is slow to import."""
+forking.set_forkserver_preload(
+    [
+        "stockpot.cli.app",
+        "stockpot.experiment.runner",
+        "sklearn.datasets",
+        "transformers.trainer",
+        # The Trainer asks it, where it is installed, whether the model is one of its.
+        "deepspeed",
     ]
+)
+_GRACE_SECONDS = 30.0
+"""For the others to end once one has failed, as torchrun gives them."""
 
 
 def launch(
@@ -30,13 +46,112 @@ def launch(
     words: Sequence[object] = (),
     environment: Mapping[str, str] | None = None,
     timeout: float = 300,
+    *,
+    torchrun: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a module in so many processes, to the end."""
+    arguments = [module, *map(str, words)]
+    within = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+    if not torchrun:
+        return _forked(count, arguments, within, timeout)
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.run(
-        [*launcher(count), "-m", module, *map(str, words)],
+        [sys.executable, *how, "-m", *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+        env=within,
         check=False,
     )
+
+
+def call_in_processes(function: Callable[..., None], *arguments: object, count: int = 2) -> None:
+    """Call ``function(rank, *arguments)`` in so many processes, which may form a group.
+
+    Raises:
+        ProcessRaisedException: what one of them raises.
+    """
+    with _meeting_place(count) as place:
+        torch.multiprocessing.start_processes(
+            _call, (function, place, arguments), nprocs=count, start_method="forkserver"
+        )
+
+
+def _call(
+    rank: int, function: Callable[..., None], place: dict[str, str], arguments: tuple[object, ...]
+) -> None:
+    os.environ.update(_of_rank(rank, place))
+    torch.set_num_threads(1)
+    function(rank, *arguments)
+
+
+def _forked(
+    count: int, arguments: list[str], environment: dict[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder, _meeting_place(count) as place:
+        within = [
+            {**environment, **(_of_rank(rank, place) if count > 1 else {})} for rank in range(count)
+        ]
+        group = [
+            forking.Process(target=_run, args=(arguments, own, os.getcwd(), folder))
+            for own in within
+        ]
+        for process in group:
+            process.start()
+        code = _wait_for(group, time.monotonic() + timeout)
+        said = [(Path(folder) / name).read_text(errors="replace") for name in ("out", "err")]
+    return subprocess.CompletedProcess(arguments, code, *said)
+
+
+@contextlib.contextmanager
+def _meeting_place(count: int) -> Iterator[dict[str, str]]:
+    """Where the processes find each other: kept by the launcher, as by torchrun."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    del store
+
+
+def _of_rank(rank: int, place: dict[str, str]) -> dict[str, str]:
+    return {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def _wait_for(group: list[BaseProcess], deadline: float) -> int:
+    """How the processes ended: 0, or that of the first to fail, which ends the others."""
+    try:
+        while time.monotonic() < deadline:
+            multiprocessing.connection.wait([p.sentinel for p in group if p.is_alive()], 1)
+            failed = [p.exitcode for p in group if p.exitcode]
+            if failed or not any(p.is_alive() for p in group):
+                return failed[0] if failed and failed[0] is not None else 0
+        raise TimeoutError("the processes have not ended")
+    finally:
+        for process in group:
+            process.terminate()
+        for process in group:
+            process.join(_GRACE_SECONDS)
+            process.kill()
+            process.join()
+
+
+def _run(arguments: list[str], environment: dict[str, str], folder: str, said: str) -> None:
+    """Be ``python -m module words``."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        file = os.open(Path(said) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    sys.argv = list(arguments)
+    torch.set_num_threads(1)
+    try:
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()

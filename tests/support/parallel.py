@@ -11,7 +11,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from stockpot.streams.data import ImageData, Task, TaskData
 from stockpot.training import TrainingSettings, losses
 from stockpot.training.trainer import TaskTrainer, Trained, Watch, train_task
 from support.experiments import SETTINGS
+from support.launch import launch
 
 LABELS = 4
 SEED = 11
@@ -297,17 +297,8 @@ def train_in_processes(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(count), "-m", "support.parallel"]
-    root = Path(__file__).parent.parent
-    done = subprocess.run(
-        [*command, str(folder / "cases.json"), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    arguments = [folder / "cases.json", folder]
+    done = launch(count, "support.parallel", arguments, environment)
     killed = any(case.die_at is not None for case in cases)
     assert killed or done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return {case.name: outcome for case in cases if (outcome := _read(folder, case.name))}

@@ -2,19 +2,18 @@
 
 import json
 import logging
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from stockpot.integrations.transformers import SFACallback
 from stockpot.tracking.callbacks import Reporters
+from support.launch import call_in_processes
 from support.trackers import Series, events, mlflow_series, wandb_records, wandb_series
 
 STEPS = 8
@@ -122,14 +121,7 @@ def test_merges_are_logged_by_trl_too(stories: Path, tmp_path: Path) -> None:
     assert [step for step, _ in found["train/loss"]] == [4, 8]
 
 
-def worker(rank: int, port: int, folder: str) -> None:
-    import os
-
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
-    torch.set_num_threads(1)
+def worker(rank: int, folder: str) -> None:
     torch.manual_seed(0)
     callback = SFACallback(p=0.25, beta=0.4)
     train(Path(folder), callback, report_to="tensorboard")
@@ -139,10 +131,7 @@ def worker(rank: int, port: int, folder: str) -> None:
 
 
 def test_of_two_processes_the_main_one_logs(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(tmp_path)), nprocs=2)
+    call_in_processes(worker, str(tmp_path))
     both = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1)]
     assert len(both[0]) == len(both[1]) == 4
     found = events(tmp_path)
