@@ -139,6 +139,17 @@ def test_weights_kept(made, tmp_path, keep):
     assert names == expected[keep]
 
 
+@pytest.mark.parametrize("deleted", range(6))
+def test_what_a_kill_left_to_be_deleted_is_deleted(made, tmp_path, deleted):
+    """Three notes of stages that are ready to be scored, and the weights of three stages."""
+    path, _ = made
+    settings = ["methods=[sequential]", "training.checkpoint_seconds=null"]
+    run_file(path, tmp_path / "whole", settings)
+    run_and_kill(path, tmp_path / "out", settings, deleted=deleted)
+    run_file(path, tmp_path / "out", settings)
+    assert record_of(tmp_path / "out") == record_of(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("override", "place"),
     [

@@ -470,30 +470,38 @@ class Record:
                 )
 
     def finish_run(self, run: str, stages: int, keep: str) -> None:
-        """Leave the weights that are to be kept, with a manifest of their hashes."""
+        """Leave the weights that are to be kept, with a manifest of their hashes.
+
+        A kill may come between the manifest and the deletion of what it does not name: that is
+        deleted by the next call.
+        """
         folder = self.run_folder(run)
         manifest_file = folder / "manifest.json"
         if manifest_file.exists():
-            self._check_manifest(folder, read_json(manifest_file))
-            return
-        last = stages - 1
-        manifest: dict[str, Any] = {}
-        if keep != "none":
-            link_or_copy(self.stage_file(run, last), folder / "model.safetensors")
-            kept = {"model.safetensors": last}
-            if keep == "all":
-                kept |= {self.stage_file(run, n).name: n for n in range(stages)}
-            manifest = {
-                name: {
-                    "sha256": self._stages[run, number]["sha256"],
-                    "bytes": (folder / name).stat().st_size,
-                }
-                for name, number in kept.items()
-            }
-        write_json(manifest_file, manifest)
-        for number in range(stages):
-            if keep != "all":
-                self.stage_file(run, number).unlink(missing_ok=True)
-            self.stage_file(run, number).with_suffix(".json").unlink(missing_ok=True)
+            manifest = read_json(manifest_file)
+            self._check_manifest(folder, manifest)
+        else:
+            manifest = self._manifest(run, stages - 1, keep)
+            write_json(manifest_file, manifest)
+        for path in folder.glob("stage-*"):
+            if path.name not in manifest:
+                path.unlink(missing_ok=True)
         shutil.rmtree(folder / "memory", ignore_errors=True)
         (folder / "error.txt").unlink(missing_ok=True)  # of an earlier try
+
+    def _manifest(self, run: str, last: int, keep: str) -> dict[str, Any]:
+        """The files of weights that a finished run keeps, put where they belong."""
+        if keep == "none":
+            return {}
+        folder = self.run_folder(run)
+        link_or_copy(self.stage_file(run, last), folder / "model.safetensors")
+        kept = {"model.safetensors": last}
+        if keep == "all":
+            kept |= {self.stage_file(run, n).name: n for n in range(last + 1)}
+        return {
+            name: {
+                "sha256": self._stages[run, number]["sha256"],
+                "bytes": (folder / name).stat().st_size,
+            }
+            for name, number in kept.items()
+        }
