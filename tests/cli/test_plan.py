@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -11,11 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from stockpot.cli.app import app
+from stockpot.cli.app import app, main
 from stockpot.experiment.plan import Plan, Run, Stage
 from stockpot.experiment.slurm_script import prefix_waves
 from stockpot.methods.sequential import Sequential
-from support.experiments import lines, record_of, run_file, write_experiment
+from support.experiments import (
+    die_before_deleting,
+    lines,
+    record_of,
+    run_file,
+    write_experiment,
+)
+from support.launch import forking, launch
 from support.slurm import Slurm
 
 METHODS = "[sequential, {name: sfa, p: 0.5, beta: 0.3}, {name: task-arithmetic, scale: [0.3, 0.5]}]"
@@ -146,6 +154,30 @@ def test_the_jobs_give_the_record_of_a_local_run_and_go_on_after_a_kill(tmp_path
     trained = [line for line in lines(out / "stages.jsonl") if line["trained_here"]]
     keys = [line["key"] for line in trained if line["stage"] == 0]
     assert len(keys) == len(set(keys)), "what runs share is trained once"
+
+
+def job_that_dies(words, runs, after):
+    die_before_deleting(runs, after)
+    sys.argv = ["stockpot", *map(str, words)]
+    main()
+
+
+@pytest.mark.parametrize("after", [4, 5])
+def test_a_job_killed_after_its_last_stage_is_completed_when_all_is_gathered(tmp_path, after):
+    """Before the weights to keep are put in their place; before the others are deleted."""
+    path, out = write_experiment(tmp_path, "[sequential]"), tmp_path / "out"
+    words = ["run", path, "-q", "-o", out, "--job"]
+    assert launch(1, "stockpot", [*words, ":open"]).returncode == 0
+    job = forking.Process(
+        target=job_that_dies, args=([*words, "sequential-seed0"], out / "runs", after)
+    )
+    job.start()
+    job.join()
+    assert job.exitcode == -signal.SIGKILL
+    gathered = launch(1, "stockpot", [*words, ":gather"])
+    assert gathered.returncode == 0, gathered.stderr
+    run_file(path, tmp_path / "local")
+    assert the_same(out) == the_same(tmp_path / "local")
 
 
 def test_a_run_over_several_gpus_is_started_by_torchrun(tmp_path):

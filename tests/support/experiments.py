@@ -78,17 +78,23 @@ def _child(path: Path, output: Path, overrides: Sequence[str], die_at: dict[str,
             real(file)
 
         os.fsync = fsync
-    if "deleted" in die_at:  # before one more of the runs' files is deleted
-        runs, so_far = str(output / "runs"), [0]
-
-        def deletes(event: str, arguments: tuple[Any, ...]) -> None:
-            if event == "os.remove" and str(arguments[0]).startswith(runs):
-                so_far[0] += os.path.exists(arguments[0])
-                if so_far[0] > die_at["deleted"]:
-                    _die()
-
-        sys.addaudithook(deletes)
+    if "deleted" in die_at:
+        die_before_deleting(output / "runs", die_at["deleted"])
     run_file(path, output, overrides, observer=Assassin(), jobs=die_at.get("jobs", 1))
+
+
+def die_before_deleting(folder: Path, after: int) -> None:
+    """Be killed instead of deleting a file in the folder, after so many."""
+    so_far = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal so_far
+        if event == "os.remove" and Path(arguments[0]).is_relative_to(folder):
+            so_far += os.path.exists(arguments[0])
+            if so_far > after:
+                _die()
+
+    sys.addaudithook(hook)
 
 
 def run_and_kill(path: Path, output: Path, overrides: Sequence[str] = (), **die_at: int) -> None:

@@ -1,8 +1,8 @@
 """Programs started in several processes, as users start them.
 
 Most of what a test of several processes took was once their importing of torch, transformers and
-DeepSpeed. They are forked from a process that has imported them; with ``torchrun=True`` a real
-launcher starts them from nothing, for what a launcher has a say in.
+DeepSpeed. They are forked from a process that has imported them; with ``fresh=True`` they are
+started as by a user, for what Python's start or a launcher has a say in.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ forking.set_forkserver_preload(
         "deepspeed",
     ]
 )
+_SAID = ("stdout", "stderr")
 _GRACE_SECONDS = 30.0
 """For the others to end once one has failed, as torchrun gives them."""
 
@@ -47,14 +48,25 @@ def launch(
     environment: Mapping[str, str] | None = None,
     timeout: float = 300,
     *,
-    torchrun: bool = False,
+    fresh: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module in so many processes, to the end."""
+    """Run a module in so many processes, to the end.
+
+    Args:
+        count: how many; several are a group.
+        module: as after ``python -m``.
+        words: its arguments.
+        environment: what is added to this process's.
+        timeout: in seconds.
+        fresh: whether they are started from nothing, several of them by torchrun.
+    """
     arguments = [module, *map(str, words)]
     within = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
-    if not torchrun:
+    if not fresh:
         return _forked(count, arguments, within, timeout)
     how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    if count == 1:
+        how = []
     return subprocess.run(
         [sys.executable, *how, "-m", *arguments],
         capture_output=True,
@@ -96,10 +108,13 @@ def _forked(
             forking.Process(target=_run, args=(arguments, own, os.getcwd(), folder))
             for own in within
         ]
+        files = [Path(folder) / name for name in _SAID]
+        for file in files:
+            file.touch()
         for process in group:
             process.start()
         code = _wait_for(group, time.monotonic() + timeout)
-        said = [(Path(folder) / name).read_text(errors="replace") for name in ("out", "err")]
+        said = [file.read_text(errors="replace") for file in files]
     return subprocess.CompletedProcess(arguments, code, *said)
 
 
@@ -144,8 +159,8 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, said: s
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    for number, name in ((1, "out"), (2, "err")):
-        file = os.open(Path(said) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number, name in enumerate(_SAID, start=1):
+        file = os.open(Path(said) / name, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))

@@ -80,6 +80,10 @@ class Parts:
         record = Record(self.folder)
         with record.held():
             self._open(record)
+            for run in self.plan.runs:
+                if record.finished(run.id) == len(run.stages):
+                    # Its job may have been killed after its last stage, in the middle of this.
+                    record.finish_run(run.id, len(run.stages), self.experiment.record.weights)
             failures = {
                 run.id: self._why_not(run)
                 for run in self.plan.runs
