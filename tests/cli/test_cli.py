@@ -13,21 +13,14 @@ from pathlib import Path
 import pytest
 
 from support.experiments import lines, record_of, run_file, write_experiment
+from support.launch import launch
 from support.text import write_model
 
 METHODS = "[sequential, {name: sfa, p: [0.5, 1], beta: 0.3}]"
 
 
-def stockpot(*words, **options):
-    environment = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", "stockpot", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        **options,
-    )
+def stockpot(*words, fresh=False):
+    return launch(1, "stockpot", words, {"COLUMNS": "200", "NO_COLOR": "1"}, fresh=fresh)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +31,11 @@ def experiment(tmp_path_factory):
 @pytest.fixture(scope="module")
 def done(experiment, tmp_path_factory):
     out = tmp_path_factory.mktemp("cli-out") / "out"
-    return stockpot("run", experiment, "-o", out), out
+    return stockpot("run", experiment, "-o", out, fresh=True), out
 
 
 def test_help_names_the_verbs():
-    result = stockpot("--help")
+    result = stockpot("--help", fresh=True)
     assert result.returncode == 0
     for verb in ("run", "list", "report"):
         assert re.search(rf"\b{verb}\b", result.stdout)
@@ -52,7 +45,7 @@ def test_help_names_the_verbs():
 def test_version():
     import stockpot as package
 
-    assert stockpot("--version").stdout.strip() == f"stockpot {package.__version__}"
+    assert stockpot("--version", fresh=True).stdout.strip() == f"stockpot {package.__version__}"
 
 
 @pytest.mark.parametrize(

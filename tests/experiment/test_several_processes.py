@@ -31,11 +31,11 @@ def digits(folder: Path, methods: str = ALL, **training: Any) -> Path:
 
 
 def run(
-    count: int, *words: object, ok: bool = True, torchrun: bool = False
+    count: int, *words: object, ok: bool = True, fresh: bool = False
 ) -> subprocess.CompletedProcess[str]:
     module, place = ("stockpot", {}) if ok else ("support.slow_to_say", {"PYTHONPATH": "tests"})
     # What is said of an error depends on how the launcher ends the processes.
-    done = launch(count, module, ["run", *words], place, torchrun=torchrun or not ok)
+    done = launch(count, module, ["run", *words], place, fresh=fresh or not ok)
     assert (done.returncode == 0) == ok, done.stderr[-4000:]
     return done
 
@@ -87,7 +87,7 @@ def few_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_give_what_one_gives(tmp_path: Path, alone: Path) -> None:
     """With every method. Under ddp: below; each mode without a command line: tests/training."""
     path = digits(tmp_path, parallel="fsdp2")
-    done = run(2, path, "--json", "-o", tmp_path / "out", torchrun=True)
+    done = run(2, path, "--json", "-o", tmp_path / "out", fresh=True)
     assert_same_run(tmp_path / "out", alone)
     environment = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert environment["processes of a run"] == 2

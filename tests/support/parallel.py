@@ -1,7 +1,7 @@
-"""Small trainings in one process or in several that torchrun starts.
+"""Small trainings in one process or in several.
 
-``python -m torch.distributed.run ... -m support.parallel cases.json folder`` trains every case and
-leaves its weights in the folder; :func:`train` does one in this process, alone.
+As a program, ``support.parallel cases.json folder``, it trains every case and leaves its weights in
+the folder; :func:`train` does one in this process, alone.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def replace_weights(outcome: Outcome) -> Outcome:
 
 
 def main() -> None:
-    """In each process that torchrun has started."""
+    """In each of the processes."""
     torch.set_num_threads(1)
     cases = [Case(**given) for given in json.loads(Path(sys.argv[1]).read_text())]
     folder = Path(sys.argv[2])
