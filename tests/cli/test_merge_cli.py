@@ -13,14 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.support.merging import tensors_of, write_model
+
+from support.launch import launch
+from support.merging import tensors_of, write_model
 
 SHAPES = {"model.layers.0.w": (64, 32), "model.layers.1.w": (64, 32), "head.w": (10, 32)}
 
 
-def stockpot(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stockpot", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, **options)  # type: ignore[call-overload, no-any-return]
+def stockpot(*arguments: object, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    return launch(1, "stockpot", arguments, fresh=fresh)
 
 
 @pytest.fixture
@@ -33,7 +34,8 @@ def folders(tmp_path: Path) -> list[Path]:
 
 def test_merge_says_what_it_wrote(folders: list[Path], tmp_path: Path) -> None:
     base, one, two = folders
-    done = stockpot("merge", "ties", "--base", base, f"{one}:2", two, "-o", tmp_path / "out")
+    words = ("merge", "ties", "--base", base, f"{one}:2", two, "-o", tmp_path / "out")
+    done = stockpot(*words, fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "3 tensors" in done.stderr

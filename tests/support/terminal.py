@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pyte
 
-from support.experiments import _context
+from support.launch import forking
 
 _NOT_PASSED_ON = ("NO_COLOR", "FORCE_COLOR", "CI", "COLUMNS", "LINES", "TTY_COMPATIBLE")
 
@@ -54,7 +54,7 @@ class Terminal:
         self._master, slave = pty.openpty()
         self._set_size(columns, lines)
         out = None if stdout is None else str(stdout)
-        self.process = _context.Process(
+        self.process = forking.Process(
             target=_stockpot, args=(os.ttyname(slave), list(map(str, words)), env or {}, out)
         )
         self.process.start()
