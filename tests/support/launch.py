@@ -93,7 +93,7 @@ def _call(
     rank: int, function: Callable[..., None], place: dict[str, str], arguments: tuple[object, ...]
 ) -> None:
     os.environ.update(_of_rank(rank, place))
-    torch.set_num_threads(1)
+    _prepare()
     function(rank, *arguments)
 
 
@@ -165,8 +165,15 @@ def _run(arguments: list[str], environment: dict[str, str], folder: str, said: s
         os.close(file)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     sys.argv = list(arguments)
-    torch.set_num_threads(1)
+    _prepare()
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()
+
+
+def _prepare() -> None:
+    torch.set_num_threads(1)
+    if "deepspeed" in sys.modules:
+        # On CPUs, and only there, it would compile a reduction of its own for a minute. gloo does.
+        sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
