@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch.distributed
 
-__all__ = ["call_in_processes", "forking", "launch"]
+__all__ = ["call_in_processes", "forking", "launch", "start_module"]
 
 forking = multiprocessing.get_context("forkserver")
 """Where processes come from that need not import what is slow to import."""
@@ -36,7 +36,6 @@ forking.set_forkserver_preload(
         "deepspeed",
     ]
 )
-_SAID = ("stdout", "stderr")
 _GRACE_SECONDS = 30.0
 """For the others to end once one has failed, as torchrun gives them."""
 
@@ -104,15 +103,10 @@ def _forked(
         within = [
             {**environment, **(_of_rank(rank, place) if count > 1 else {})} for rank in range(count)
         ]
-        group = [
-            forking.Process(target=_run, args=(arguments, own, os.getcwd(), folder))
-            for own in within
-        ]
-        files = [Path(folder) / name for name in _SAID]
+        files = [Path(folder) / name for name in ("stdout", "stderr")]
         for file in files:
             file.touch()
-        for process in group:
-            process.start()
+        group = [start_module(arguments, own, os.getcwd(), *files) for own in within]
         code = _wait_for(group, time.monotonic() + timeout)
         said = [file.read_text(errors="replace") for file in files]
     return subprocess.CompletedProcess(arguments, code, *said)
@@ -154,13 +148,23 @@ def _wait_for(group: list[BaseProcess], deadline: float) -> int:
             process.join()
 
 
-def _run(arguments: list[str], environment: dict[str, str], folder: str, said: str) -> None:
-    """Be ``python -m module words``."""
+def start_module(
+    arguments: Sequence[str], environment: Mapping[str, str], folder: str, out: Path, err: Path
+) -> BaseProcess:
+    """Start ``python -m`` with these arguments, all of this environment, and output to files."""
+    process = forking.Process(target=_run, args=(arguments, environment, folder, out, err))
+    process.start()
+    return process
+
+
+def _run(
+    arguments: Sequence[str], environment: Mapping[str, str], folder: str, *said: Path
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    for number, name in enumerate(_SAID, start=1):
-        file = os.open(Path(said) / name, os.O_WRONLY | os.O_APPEND)
+    for number, path in enumerate(said, start=1):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))

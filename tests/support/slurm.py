@@ -1,12 +1,15 @@
 """A small Slurm: ``sbatch`` on the PATH, and what its controller then does with real processes.
 
 Of the real thing it has job arrays, dependencies, ``#SBATCH`` lines, output files, and that options
-it does not know are refused. Nothing runs before :meth:`Slurm.run_all`.
+it does not know are refused. Nothing runs before :meth:`Slurm.run_all`. The ``python -m stockpot``
+of a job is forked from a process that has imported the libraries (:mod:`support.launch`) and ends
+when the job is killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -16,8 +19,24 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 
+from support.launch import start_module
+
+_PYTHON = f"""#!{sys.executable}
+import os, sys
+from multiprocessing.connection import Client
+
+if sys.argv[1:3] != ["-m", "stockpot"]:
+    os.execv({sys.executable!r}, [{sys.executable!r}, *sys.argv[1:]])
+with Client(os.environ["SLURM_EMULATION_PYTHON"]) as server:
+    server.send((sys.argv[2:], dict(os.environ), os.getcwd()))
+    code = server.recv()
+if code < 0:
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
 _OPTIONS = (
     "job-name", "nodes", "ntasks", "cpus-per-task", "gres", "mem", "partition", "time", "account",
     "qos", "array", "dependency", "kill-on-invalid-dep", "output",
@@ -80,10 +99,16 @@ class Slurm:
             "from support.slurm import _sbatch\n_sbatch()\n"
         )
         command.chmod(0o755)
+        self.python = bin_ / "python"
+        self.python.write_text(_PYTHON)
+        self.python.chmod(0o755)
+        self.listener = Listener()
+        threading.Thread(target=self._listen, daemon=True).start()
         self.environment = {
             **os.environ,
             "PATH": f"{bin_}{os.pathsep}{os.environ['PATH']}",
             "SLURM_EMULATION": str(self.queue),
+            "SLURM_EMULATION_PYTHON": str(self.listener.address),
         }
         self.done: dict[int, dict[int, int | None]] = {}
         """Exit codes by job and task; None: cancelled."""
@@ -141,11 +166,31 @@ class Slurm:
         meant = {"%A": number, "%a": str(task), "%j": number, "%%": "%"}
         log = re.sub("%.", lambda found: meant[found[0]], log)
         path = self.queue / f"{number}-{task}.sh"
-        path.write_text(job["script"])
+        path.write_text(job["script"].replace(sys.executable, str(self.python)))
         path.chmod(0o755)
-        with Path(log).open("w") as said:  # a folder that is not there fails the job, as there
+        environment["SLURM_EMULATION_LOG"] = os.path.abspath(log)
+        Path(log).unlink(missing_ok=True)
+        with Path(log).open("a") as said:  # a folder that is not there fails the job, as there
             process = subprocess.Popen(
                 [path], stdout=said, stderr=said, env=environment, cwd=job["directory"]
             )
             threading.Thread(target=watch, args=(process, job, task), daemon=True).start()
             return process.wait()
+
+    def _listen(self) -> None:
+        while True:
+            caller = self.listener.accept()
+            threading.Thread(target=self._be_python, args=(caller,), daemon=True).start()
+
+    @staticmethod
+    def _be_python(caller: Connection) -> None:
+        """Do what a job's Python is asked for; end when the job does."""
+        arguments, environment, folder = caller.recv()
+        log = Path(environment["SLURM_EMULATION_LOG"])
+        process = start_module(arguments, environment, folder, log, log)
+        if process.sentinel not in wait([caller, process.sentinel]):
+            process.kill()
+        process.join()
+        with contextlib.suppress(OSError):
+            caller.send(process.exitcode)
+        caller.close()
