@@ -22,8 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 
-from support.launch import start_module
-
 _PYTHON = f"""#!{sys.executable}
 import os, sys
 from multiprocessing.connection import Client
@@ -185,6 +183,8 @@ class Slurm:
     @staticmethod
     def _be_python(caller: Connection) -> None:
         """Do what a job's Python is asked for; end when the job does."""
+        from support.launch import start_module  # which sbatch need not import
+
         arguments, environment, folder = caller.recv()
         log = Path(environment["SLURM_EMULATION_LOG"])
         process = start_module(arguments, environment, folder, log, log)
