@@ -23,6 +23,7 @@ __all__ = [
     "NETWORK_SECONDS",
     "NO_SPACE",
     "await_file",
+    "check_manifest",
     "exclusive",
     "link_or_copy",
     "read_json",
@@ -45,6 +46,7 @@ NETWORK_SECONDS = 60.0
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 """How the operating system says that a disk or a quota is full."""
 _FULL_BYTES = 64 * 1024
+_HASH_AT_START = 64 * 2**20
 
 
 @contextlib.contextmanager
@@ -222,6 +224,31 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_manifest(folder: Path, manifest: Mapping[str, Mapping[str, Any]], record: Path) -> None:
+    """Check that files are there and are those that were written.
+
+    Args:
+        folder: where they are.
+        manifest: their ``bytes`` and ``sha256``, by name.
+        record: the whole experiment's folder, for the message.
+
+    Raises:
+        DamagedRecordError: if one is not.
+    """
+    for name, entry in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedRecordError(f"{path} is missing from the record")
+        size = path.stat().st_size
+        # Hashing many large models at every start would cost more than it is worth.
+        small = size <= _HASH_AT_START
+        if size != entry["bytes"] or (small and sha256(path) != entry["sha256"]):
+            raise DamagedRecordError(
+                f"{path} is not the file that was written (the manifest has another size or "
+                f"SHA-256). Restore it, or delete {record} to run the experiment again"
+            )
 
 
 def link_or_copy(source: Path, target: Path) -> None:

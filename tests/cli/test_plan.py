@@ -16,14 +16,8 @@ from stockpot.cli.app import app, main
 from stockpot.experiment.plan import Plan, Run, Stage
 from stockpot.experiment.slurm_script import prefix_waves
 from stockpot.methods.sequential import Sequential
-from support.experiments import (
-    die_before_deleting,
-    lines,
-    record_of,
-    run_file,
-    write_experiment,
-)
-from support.launch import forking, launch
+from support.experiments import die_before_deleting, lines, record_of, run_file, write_experiment
+from support.launch import call_until_killed, launch
 from support.slurm import Slurm
 
 METHODS = "[sequential, {name: sfa, p: 0.5, beta: 0.3}, {name: task-arithmetic, scale: [0.3, 0.5]}]"
@@ -168,12 +162,7 @@ def test_a_job_killed_after_its_last_stage_is_completed_when_all_is_gathered(tmp
     path, out = write_experiment(tmp_path, "[sequential]"), tmp_path / "out"
     words = ["run", path, "-q", "-o", out, "--job"]
     assert launch(1, "stockpot", [*words, ":open"]).returncode == 0
-    job = forking.Process(
-        target=job_that_dies, args=([*words, "sequential-seed0"], out / "runs", after)
-    )
-    job.start()
-    job.join()
-    assert job.exitcode == -signal.SIGKILL
+    call_until_killed(job_that_dies, [*words, "sequential-seed0"], out / "runs", after)
     gathered = launch(1, "stockpot", [*words, ":gather"])
     assert gathered.returncode == 0, gathered.stderr
     run_file(path, tmp_path / "local")

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 
 from stockpot.errors import StockpotError
 from stockpot.integrations.transformers import SFACallback
+from support.launch import call_until_killed
 
 ROWS, STEPS = 64, 8
 
@@ -143,12 +143,7 @@ def test_killed_and_resumed_ends_at_the_same_bits(tmp_path: Path, store: str, ki
     undisturbed = trainer(tmp_path / "whole", whole)
     undisturbed.train()
     folder = tmp_path / "killed"
-    process = multiprocessing.get_context("forkserver").Process(
-        target=run_and_die, args=(str(folder), killed, settings)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    call_until_killed(run_and_die, str(folder), killed, settings)
     callback = SFACallback(**settings)
     resumed = trainer(folder, callback)
     resumed.train(resume_from_checkpoint=True)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from support.launch import forking
+from support.launch import call_until_killed
 
 TINY = """
 stream: {name: digits, split: pairs, order: [0, 1, 2], train_limit: 48, test_limit: 30}
@@ -99,10 +99,7 @@ def die_before_deleting(folder: Path, after: int) -> None:
 
 def run_and_kill(path: Path, output: Path, overrides: Sequence[str] = (), **die_at: int) -> None:
     """Run in a process of its own that is killed by SIGKILL where ``die_at`` says."""
-    child = forking.Process(target=_child, args=(path, output, overrides, die_at))
-    child.start()
-    child.join(120)
-    assert child.exitcode == -signal.SIGKILL, f"the run was not killed but ended: {child.exitcode}"
+    call_until_killed(_child, path, output, overrides, die_at)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import contextlib
 import multiprocessing.connection
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch.distributed
 
-__all__ = ["call_in_processes", "forking", "launch", "start_module"]
+__all__ = ["call_in_processes", "call_until_killed", "forking", "launch", "start_module"]
 
 forking = multiprocessing.get_context("forkserver")
 """Where processes come from that need not import what is slow to import."""
@@ -63,11 +64,9 @@ def launch(
     within = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
     if not fresh:
         return _forked(count, arguments, within, timeout)
-    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    if count == 1:
-        how = []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     return subprocess.run(
-        [sys.executable, *how, "-m", *arguments],
+        [sys.executable, *(torchrun if count > 1 else ()), "-m", *arguments],
         capture_output=True,
         text=True,
         timeout=timeout,
@@ -82,52 +81,62 @@ def call_in_processes(function: Callable[..., None], *arguments: object, count: 
     Raises:
         ProcessRaisedException: what one of them raises.
     """
-    with _meeting_place(count) as place:
+    with _ranks(count) as ranks:
         torch.multiprocessing.start_processes(
-            _call, (function, place, arguments), nprocs=count, start_method="forkserver"
+            _call, (function, ranks, arguments), nprocs=count, start_method="forkserver"
         )
 
 
 def _call(
-    rank: int, function: Callable[..., None], place: dict[str, str], arguments: tuple[object, ...]
+    rank: int,
+    function: Callable[..., None],
+    ranks: list[dict[str, str]],
+    arguments: tuple[object, ...],
 ) -> None:
-    os.environ.update(_of_rank(rank, place))
+    os.environ.update(ranks[rank])
     _prepare()
     function(rank, *arguments)
+
+
+def call_until_killed(function: Callable[..., None], *arguments: object) -> None:
+    """Call ``function(*arguments)`` in a process of its own, which must end by SIGKILL."""
+    process = forking.Process(target=function, args=arguments)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL, f"it was not killed but ended: {process.exitcode}"
 
 
 def _forked(
     count: int, arguments: list[str], environment: dict[str, str], timeout: float
 ) -> subprocess.CompletedProcess[str]:
-    with tempfile.TemporaryDirectory() as folder, _meeting_place(count) as place:
-        within = [
-            {**environment, **(_of_rank(rank, place) if count > 1 else {})} for rank in range(count)
-        ]
+    with tempfile.TemporaryDirectory() as folder, _ranks(count) as ranks:
         files = [Path(folder) / name for name in ("stdout", "stderr")]
         for file in files:
             file.touch()
-        group = [start_module(arguments, own, os.getcwd(), *files) for own in within]
+        group = [
+            start_module(arguments, {**environment, **rank}, os.getcwd(), *files) for rank in ranks
+        ]
         code = _wait_for(group, time.monotonic() + timeout)
         said = [file.read_text(errors="replace") for file in files]
     return subprocess.CompletedProcess(arguments, code, *said)
 
 
 @contextlib.contextmanager
-def _meeting_place(count: int) -> Iterator[dict[str, str]]:
-    """Where the processes find each other: kept by the launcher, as by torchrun."""
+def _ranks(count: int) -> Iterator[list[dict[str, str]]]:
+    """What each process has in its environment; where they meet is kept here, as by torchrun."""
+    if count == 1:
+        yield [{}]
+        return
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    yield {
+    place = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
     }
+    yield [{**place, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     del store
-
-
-def _of_rank(rank: int, place: dict[str, str]) -> dict[str, str]:
-    return {**place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
 def _wait_for(group: list[BaseProcess], deadline: float) -> int:
@@ -135,9 +144,11 @@ def _wait_for(group: list[BaseProcess], deadline: float) -> int:
     try:
         while time.monotonic() < deadline:
             multiprocessing.connection.wait([p.sentinel for p in group if p.is_alive()], 1)
-            failed = [p.exitcode for p in group if p.exitcode]
-            if failed or not any(p.is_alive() for p in group):
-                return failed[0] if failed and failed[0] is not None else 0
+            failed = [code for p in group if (code := p.exitcode)]
+            if failed:
+                return failed[0]
+            if not any(p.is_alive() for p in group):
+                return 0
         raise TimeoutError("the processes have not ended")
     finally:
         for process in group:

@@ -329,7 +329,6 @@ def replace_weights(outcome: Outcome) -> Outcome:
 
 def main() -> None:
     """In each of the processes."""
-    torch.set_num_threads(1)
     cases = [Case(**given) for given in json.loads(Path(sys.argv[1]).read_text())]
     folder = Path(sys.argv[2])
     mine = processes()

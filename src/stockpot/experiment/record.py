@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from stockpot.errors import ConfigError, DamagedRecordError, StockpotError
 from stockpot.files import (
+    check_manifest,
     exclusive,
     link_or_copy,
     read_json,
@@ -41,7 +42,6 @@ __all__ = ["Record"]
 _STAGES = "stages"
 _OPTIONAL = ("merges", "curves", "lines")
 """Logs that a record need not have: nothing was averaged, or this was not asked for."""
-_HASH_AT_START = 64 * 2**20
 
 
 class Record:
@@ -454,21 +454,6 @@ class Record:
         write_text(path, "".join(traceback.format_exception(error)))
         return f"{type(error).__name__}: {error} (where: {path})"
 
-    def _check_manifest(self, folder: Path, manifest: dict[str, Any]) -> None:
-        """A finished run's files are there and are those that were written."""
-        for name, entry in manifest.items():
-            path = folder / name
-            if not path.is_file():
-                raise DamagedRecordError(f"{path} is missing from the record")
-            size = path.stat().st_size
-            # Hashing many large models at every start would cost more than it is worth.
-            small = size <= _HASH_AT_START
-            if size != entry["bytes"] or (small and sha256(path) != entry["sha256"]):
-                raise DamagedRecordError(
-                    f"{path} is not the file that was written (the manifest has another size or "
-                    f"SHA-256). Restore it, or delete {self.folder} to run the experiment again"
-                )
-
     def finish_run(self, run: str, stages: int, keep: str) -> None:
         """Leave the weights that are to be kept, with a manifest of their hashes.
 
@@ -479,7 +464,7 @@ class Record:
         manifest_file = folder / "manifest.json"
         if manifest_file.exists():
             manifest = read_json(manifest_file)
-            self._check_manifest(folder, manifest)
+            check_manifest(folder, manifest, self.folder)
         else:
             manifest = self._manifest(run, stages - 1, keep)
             write_json(manifest_file, manifest)

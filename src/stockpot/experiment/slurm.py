@@ -80,15 +80,13 @@ class Parts:
         record = Record(self.folder)
         with record.held():
             self._open(record)
+            failures = {}
             for run in self.plan.runs:
-                if record.finished(run.id) == len(run.stages):
+                if record.finished(run.id) < len(run.stages):
+                    failures[run.id] = self._why_not(run)
+                else:
                     # Its job may have been killed after its last stage, in the middle of this.
                     record.finish_run(run.id, len(run.stages), self.experiment.record.weights)
-            failures = {
-                run.id: self._why_not(run)
-                for run in self.plan.runs
-                if record.finished(run.id) < len(run.stages)
-            }
             record.write_failures(failures)
             summary = write_summary(record, self.plan, self.stream)
             if not failures:
